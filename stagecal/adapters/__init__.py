@@ -1,0 +1,1 @@
+"""What touches the world: each module implements one port of stagecal.ports and decides nothing."""

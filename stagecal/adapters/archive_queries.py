@@ -1,0 +1,210 @@
+"""The archive's questions, as SQL files, and what their answers mean: the part that all archive adapters share.
+
+`load_queries` raises UsageError for a file that a site cannot have meant. `facts_from_rows` is pure and answers None
+only if the archive plainly knows no such MOUS; whatever is odd in an answer is a FatalError, because only a
+successful query may refuse a person.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from stagecal.domain.archive_facts import EntitledPerson, ExecutionBlock, MousFacts
+from stagecal.domain.identifiers import Malformed, parse_uid
+from stagecal.ports import FatalError, UsageError
+
+BIND = "mous_uid"
+"""The only bind of every query: the UID of the MOUS, as uid://A001/X12a3/X80e."""
+
+ROW_LIMIT = 10_000
+"""More rows than this for one MOUS are a query that forgot its bind, not an answer."""
+
+COLUMNS: Mapping[str, tuple[str, ...]] = {
+    "mous": ("project_code", "domain_entity_state"),
+    "entitled": ("role", "email"),
+    "release": ("release_date",),
+    "execution_blocks": ("execblockuid", "qa0status"),
+    "products": ("ngas_file_id",),
+}
+"""Each query, and the columns that its answer must have (in any case); `products` may add `version`."""
+
+_COMMENT_OR_LITERAL = re.compile(
+    r"""(?P<kept>'(?:[^']|'')*'|"[^"]*")|--[^\n]*|/\*.*?\*/""",
+    re.DOTALL,
+)
+_LITERAL = re.compile(r"""'(?:[^']|'')*'|"[^"]*\"""")
+_NAMED_BIND = re.compile(r":(\w+)")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The answer of one query: column names as the database wrote them, and for each row its values."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[object, ...], ...]
+
+
+# --- the questions -------------------------------------------------------------------------------------------------
+
+
+def load_queries(default_directory: Path, override: Path | None = None) -> Mapping[str, str]:
+    """Given the directory of our queries and that of a site's own ones, return name -> SQL without comments.
+
+    A site overrides single files. Raises UsageError if a file cannot be read, is not one of our queries (a misspelt
+    name would silently change nothing), or is not one SELECT whose only bind is :mous_uid.
+    """
+    paths = {name: default_directory / f"{name}.sql" for name in COLUMNS}
+    if override is not None:
+        paths |= {path.stem: path for path in _own_queries(override)}
+    return {name: _statement(path) for name, path in paths.items()}
+
+
+def _own_queries(directory: Path) -> Iterable[Path]:
+    try:
+        found = sorted(path for path in directory.iterdir() if not _is_no_query(path.name))
+    except OSError as error:
+        raise UsageError(
+            f"the directory {directory} of [archive] queries cannot be read ({error.strerror}): correct it"
+        ) from error
+    for path in found:
+        if path.suffix != ".sql" or path.stem not in COLUMNS:
+            raise UsageError(
+                f"{path} is none of the queries: rename it to one of {', '.join(f'{name}.sql' for name in COLUMNS)}, "
+                "or move it out"
+            )
+    return found
+
+
+def _is_no_query(name: str) -> bool:
+    """Return whether the file is a note or what an editor or a version control system left there."""
+    return name.startswith((".", "README")) or name.endswith("~")
+
+
+def _statement(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UsageError(f"the query {path} cannot be read ({reason}): put it back, or correct it") from error
+    statement = _COMMENT_OR_LITERAL.sub(lambda match: match["kept"] or " ", text).strip()
+    code = _LITERAL.sub("''", statement)
+    if not re.match(r"(SELECT|WITH)\b", code, re.IGNORECASE):
+        raise UsageError(f"the query {path} is not a SELECT: it must read, and nothing else")
+    if ";" in code:
+        raise UsageError(f"the query {path} has a semicolon, which Oracle refuses: remove it")
+    if set(_NAMED_BIND.findall(code)) != {BIND} or "?" in code:
+        # A query that forgets its bind would answer for every MOUS at once, and might entitle everybody.
+        raise UsageError(f"the query {path} must use the bind :{BIND}, and no other")
+    return statement
+
+
+# --- the answers ---------------------------------------------------------------------------------------------------
+
+
+def facts_from_rows(mous: str, rows_by_query: Mapping[str, Rows]) -> MousFacts | None:
+    """Given the answers to all queries for this MOUS, return its facts, or None if there is no such MOUS.
+
+    Raises FatalError, naming query and column, for NULLs, values of a wrong type, missing columns, contradictions
+    (two projects or states for one MOUS, two QA0 results for one EB), and dates that are none.
+    """
+    records = {name: _records(name, rows_by_query[name]) for name in COLUMNS}
+    if not records["mous"]:
+        return None
+    found = sorted(_pairs("mous", records["mous"]))
+    if len(found) > 1:
+        told = ", ".join(f"{project} {state}" for project, state in found[:3])
+        raise FatalError(
+            f"the archive query mous gives {len(found)} different rows for {mous} ({told}): "
+            "correct the archive or the query"
+        )
+    [(project, state)] = found
+    return MousFacts(
+        mous=mous,
+        project=project,
+        state=state,
+        release=max((_time("release", row, "release_date") for row in records["release"]), default=None),
+        entitled=tuple(
+            EntitledPerson(email=email, role=role) for role, email in sorted(_pairs("entitled", records["entitled"]))
+        ),
+        execution_blocks=_execution_blocks(mous, records["execution_blocks"]),
+        products=tuple(sorted({_product(row) for row in records["products"]})),
+    )
+
+
+def _execution_blocks(mous: str, records: Iterable[Mapping[str, object]]) -> tuple[ExecutionBlock, ...]:
+    found: dict[str, str] = {}
+    for uid, qa0 in sorted(_pairs("execution_blocks", records)):
+        # The UID becomes part of file names and of a job's arguments: nothing but a UID may pass.
+        try:
+            known = parse_uid(uid) == uid
+        except Malformed:
+            known = False
+        if not known:
+            raise _odd("execution_blocks", "execblockuid", f"{uid[:80]!r} instead of the UID of an execution block")
+        if found.setdefault(uid, qa0) != qa0:
+            raise FatalError(
+                f"the archive query execution_blocks gives {uid} of {mous} the QA0 results {found[uid]} and {qa0}: "
+                "correct the archive or the query"
+            )
+    return tuple(ExecutionBlock(uid=uid, qa0=qa0) for uid, qa0 in found.items())
+
+
+def _pairs(query: str, records: Iterable[Mapping[str, object]]) -> set[tuple[str, str]]:
+    """Return the different rows of a query with two columns of text."""
+    first, second = COLUMNS[query]
+    return {(_text(query, row, first), _text(query, row, second)) for row in records}
+
+
+def _product(row: Mapping[str, object]) -> str:
+    name = _text("products", row, "ngas_file_id")
+    if "version" not in row:
+        return name
+    version = row["version"]
+    if isinstance(version, int) and not isinstance(version, bool):
+        return f"{name} {version}"
+    return f"{name} {_text('products', row, 'version')}"
+
+
+def _records(query: str, answer: Rows) -> list[Mapping[str, object]]:
+    """Return the rows by lower-cased column name. Without the promised columns even no rows are no answer."""
+    columns = [column.lower() for column in answer.columns]
+    for column in COLUMNS[query]:
+        if columns.count(column) != 1:
+            raise FatalError(
+                f"the archive query {query} must return one column {column.upper()}, "
+                f"but it returns {', '.join(answer.columns) or 'none'}: correct the query"
+            )
+    if len(answer.rows) > ROW_LIMIT:
+        raise FatalError(f"the archive query {query} returns more than {ROW_LIMIT} rows for one MOUS: correct it")
+    return [dict(zip(columns, row, strict=True)) for row in answer.rows]
+
+
+def _odd(query: str, column: str, seen: str) -> FatalError:
+    return FatalError(
+        f"the archive query {query} gives {seen} in column {column.upper()}: correct the archive or the query"
+    )
+
+
+def _text(query: str, row: Mapping[str, object], column: str) -> str:
+    value = row[column]
+    if value is None:
+        raise _odd(query, column, "NULL")
+    if not isinstance(value, str):
+        raise _odd(query, column, f"a value of type {type(value).__name__} instead of text")
+    text = value.strip(" ")  # Oracle pads columns of type CHAR.
+    if not text or not text.isprintable():
+        raise _odd(query, column, f"{value[:80]!r} instead of one line of text")
+    return text
+
+
+def _time(query: str, row: Mapping[str, object], column: str) -> datetime:
+    value = row[column]
+    try:
+        time = value if isinstance(value, datetime) else datetime.fromisoformat(_text(query, row, column))
+        return time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)
+    except (ValueError, OverflowError):
+        raise _odd(query, column, f"{str(value)[:80]!r} instead of a date") from None

@@ -1,0 +1,54 @@
+"""Texts from templates (Jinja2): a missing value or a broken template is a FatalError, never an empty place.
+
+Templates come with the package; files of the same names in a directory of the site replace them. What is rendered is
+data, never a template itself.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from stagecal.ports import FatalError
+
+
+class JinjaTemplates:
+    """The Templates port over one or more directories; the first that has a name wins."""
+
+    def __init__(self, *directories: Path) -> None:
+        self._environment = jinja2.Environment(  # noqa: S701 - pages are escaped by name, mails must not be
+            loader=jinja2.FileSystemLoader([str(directory) for directory in directories]),
+            undefined=jinja2.StrictUndefined,
+            autoescape=lambda name: bool(name and name.endswith((".html", ".xml"))),
+            keep_trailing_newline=True,
+            trim_blocks=True,
+            lstrip_blocks=True,
+            auto_reload=False,
+        )
+        self._environment.filters["shell_quote"] = lambda value: shlex.quote(str(value))
+        self._environment.filters["json"] = lambda value: json.dumps(value, ensure_ascii=True)
+        self._environment.filters["size"] = readable_size
+
+    def render(self, name: str, /, **values: Any) -> str:
+        try:
+            return self._environment.get_template(name).render(**values)
+        except jinja2.TemplateError as error:
+            raise FatalError(f"the template {name} cannot be rendered: {error or type(error).__name__}") from error
+
+    def names(self) -> list[str]:
+        """Return the names of all templates."""
+        return self._environment.list_templates()
+
+
+def readable_size(size: int) -> str:
+    """Return a number of bytes as people read it: 5.77 GB (decimal units)."""
+    value = float(size)
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "bytes" else f"{value:.2f} {unit}"
+        value /= 1000
+    return f"{value:.2f} TB"

@@ -1,0 +1,73 @@
+"""`stagecal`: one command for operators, newcomers and the service manager; each subcommand has a module of its own."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from stagecal.cli.common import BAD_ARGUMENT, run
+
+PROGRAM = "stagecal"
+
+COMMANDS = {
+    "watch": ("watch", "the daemon: watch the trigger directory and do what is asked"),
+    "expire": ("expire", "delete staged data whose time is over (cron, timer)"),
+    "status": ("status", "list requests, or show one"),
+    "why": ("why", "the whole story of a request: what was asked, seen, decided"),
+    "retry": ("operate", "start a held request again"),
+    "withdraw": ("operate", "take a request back"),
+    "hold": ("operate", "start no new job until `release`"),
+    "release": ("operate", "start jobs again"),
+    "extend": ("extend", "keep staged data longer"),
+    "rebuild": ("rebuild", "make a lost ledger anew"),
+    "doctor": ("doctor", "check configuration, directories, archive, nodes and mail"),
+    "init": ("init", "make a self-contained site in a directory"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run a subcommand and exit with its code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print(_help())
+        raise SystemExit(0 if words else BAD_ARGUMENT)
+    if words[0] == "--version":
+        from stagecal import __version__
+
+        print(f"stagecal {__version__}")
+        raise SystemExit(0)
+    name = words[0]
+    if name not in COMMANDS:
+        import difflib
+
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else "see stagecal --help"
+        print(f"{PROGRAM}: there is no command {name!r}: {hint}", file=sys.stderr)
+        raise SystemExit(BAD_ARGUMENT)
+    module = importlib.import_module(f"stagecal.cli.{COMMANDS[name][0]}")
+    program = f"{PROGRAM} {name}"
+    options = module.make_parser(program).parse_args(words[1:])
+    run(program, lambda: module.command(options, name))
+
+
+def _help() -> str:
+    width = max(len(name) for name in COMMANDS)
+    lines = [f"  {name:<{width}}  {summary}" for name, (_, summary) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: stagecal COMMAND [--config FILE] ...",
+            "",
+            "Calibrated ALMA data on request: operators' commands.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "stagecal COMMAND --help explains one of them, with an example.",
+            "Requests are placed by trigger-calms; stagecalms stages data by hand.",
+            "",
+            "example:",
+            "  stagecal status --json",
+        ]
+    )

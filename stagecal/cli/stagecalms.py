@@ -1,0 +1,220 @@
+"""`stagecalms`: an operator stages calibrated data by hand, in the same queue and with the same code as the daemon.
+
+Entitlement is the operator's duty (--user EMAIL checks it too). While no daemon runs, this command does the work of all
+open requests itself, because the queue is one.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NoReturn
+
+from stagecal.cli.common import (
+    DONE,
+    FORBIDDEN,
+    INTERRUPTED,
+    WORK_FAILED,
+    load,
+    only_the_service,
+    parser,
+    run,
+)
+
+if TYPE_CHECKING:
+    import argparse
+
+    from stagecal.config import Config
+    from stagecal.domain.requests import Request
+    from stagecal.services.context import Site
+
+PROGRAM = "stagecalms"
+_LOOK_S = 0.05
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command."""
+    options = _parser().parse_args(arguments)
+    run(PROGRAM, lambda: _stage(options))
+
+
+def _parser() -> argparse.ArgumentParser:
+    made = parser(
+        PROGRAM,
+        "Create and stage the calibrated MSs of a MOUS (an operator's act; entitlement is your duty).",
+        "stagecalms 2019.1.00337.S uid://A001/X14d7/X160 18704\n"
+        '  stagecalms 2019.1.00337.S uid://A001/X14d7/X160 18704 X "J0217-0820,J0238+1636"',
+    )
+    made.add_argument("project", metavar="PROJECT", help="project code")
+    made.add_argument("mous", metavar="MOUS_UID", help="in either form")
+    made.add_argument("ticket", metavar="TICKET", help="helpdesk ticket number")
+    made.add_argument("mark", metavar="X", nargs="?", choices=["X"], help="the letter X before calibrator fields")
+    made.add_argument("calfields", metavar="CALFIELDS", nargs="?", help="exact field names, separated by commas")
+    made.add_argument("--user", metavar="EMAIL", default="", help="check that this person is entitled")
+    return made
+
+
+def _stage(options: argparse.Namespace) -> int:
+    from stagecal import wiring
+    from stagecal.domain.identifiers import parse_address, parse_calfields, parse_project, parse_ticket, parse_uid
+    from stagecal.ports import UsageError
+
+    if options.mark and options.calfields is None:
+        raise UsageError("X must be followed by the calibrator fields; leave both out for all data")
+    project, mous, ticket = parse_project(options.project), parse_uid(options.mous), parse_ticket(options.ticket)
+    calfields = parse_calfields(options.calfields) if options.mark else ()
+    email = parse_address(options.user) if options.user else ""
+    config = load(options)
+    only_the_service(config.state.directory)
+    site = wiring.site(config)
+    request = _joined(site, project, mous, ticket, calfields, email)
+    worker = _Worker(config, site)
+    worker.start()
+    try:
+        return _follow(site, request)
+    except KeyboardInterrupt:
+        return _interrupted(site, request)
+    finally:
+        worker.stop()
+
+
+def _joined(site: Site, project: str, mous: str, ticket: str, calfields: tuple[str, ...], email: str) -> Request:
+    """Return the open request of the same command, started again if it was held, else a new one."""
+    import getpass
+
+    from stagecal.domain.records import Step
+    from stagecal.domain.requests import Origin, Request, State, request_id
+
+    now = site.clock.now()
+    for one in site.ledger.open_requests():
+        same = (one.project, one.mous, one.ticket, one.calfields, one.email) == (
+            project,
+            mous,
+            ticket,
+            calfields,
+            email,
+        )
+        if one.origin is Origin.OPERATOR and same:
+            if one.state is State.HELD:
+                site.ledger.set_wish(one.id, "retry", now)
+            return one
+    request = Request(
+        id=request_id("operator", site.new_secret()),
+        sequence=0,
+        origin=Origin.OPERATOR,
+        mous=mous,
+        project=project,
+        ticket=ticket,
+        user="",
+        email=email,
+        calfields=calfields,
+        contact="",
+        trigger_name="",
+        trigger_text="",
+        trigger_sha256="",
+        received_at=now,
+        state=State.RECEIVED,
+        since=now,
+    )
+    by = f"typed by {getpass.getuser()}: {request.command_line}"
+    added = site.ledger.add(request, Step("receive", "who asks?", by, "RECEIVED"))
+    return added or request
+
+
+class _Worker(threading.Thread):
+    """Does the rounds while no daemon does them."""
+
+    def __init__(self, config: Config, site: Site) -> None:
+        super().__init__(daemon=True, name="rounds")
+        self._config = config
+        self._site = site
+        self._ended = threading.Event()
+        self._wake = threading.Event()
+
+    def run(self) -> None:
+        from concurrent.futures import ThreadPoolExecutor
+
+        from stagecal import wiring
+        from stagecal.services.rounds import Rounds
+
+        executor = ThreadPoolExecutor(max_workers=4, thread_name_prefix="step")
+        rounds = Rounds(self._site, executor=executor, wake=self._wake.set)
+        while not self._ended.is_set():
+            self._wake.clear()
+            pause = 1.0
+            if not wiring.daemon_is_running(self._config):
+                next_at = rounds.run().next_at
+                if next_at is not None:
+                    pause = min(1.0, max(0.05, (next_at - self._site.clock.now()).total_seconds()))
+            self._wake.wait(pause)
+
+    def stop(self) -> None:
+        self._ended.set()
+        self._wake.set()
+        self.join(timeout=5)
+
+
+def _follow(site: Site, request: Request) -> int:
+    """Print the terminal output as it comes until the request ends or needs a person."""
+    from stagecal.domain.requests import Outcome, State
+
+    printed, place = 0, ""
+    while True:
+        current = site.ledger.get(request.id)
+        for number, line in site.ledger.terminal(request.id, printed):
+            print(line, flush=True)
+            printed = number
+        if current.state is State.CLOSED:
+            if current.outcome is Outcome.DELIVERED:
+                return DONE
+            return FORBIDDEN
+        failed = current.state is State.HELD or (current.state is State.FAILED and current.not_before is not None)
+        if failed and not current.wish:
+            if current.reason:
+                print(f"{PROGRAM}: {current.reason} (stagecal why {current.id})", file=sys.stderr)
+            return WORK_FAILED
+        place = _told_place(site, current, place)
+        time.sleep(_LOOK_S)
+
+
+def _told_place(site: Site, request: Request, told: str) -> str:
+    """Say once what the request waits for, on standard error."""
+    from stagecal.domain.requests import State, maker_of, queue
+
+    place = ""
+    if request.state is State.ACCEPTED:
+        everybody = site.ledger.open_requests()
+        waiting = [one.id for one in queue(everybody, site.clock.now())]
+        maker = maker_of(request, everybody)
+        if maker is not None and maker.state is not State.ACCEPTED:
+            place = f"Request {maker.id} is making the same products: waiting for it ..."
+        elif site.ledger.setting("held"):
+            place = "No new jobs are started at present (stagecal release): waiting ..."
+        elif request.id in waiting and (len(waiting) > 1 or any(one.holds_slot for one in everybody)):
+            place = f"Position {waiting.index(request.id) + 1} of {len(waiting)} in the queue: waiting for a slot ..."
+    if request.not_before is not None and request.reason and request.state is not State.STAGING:
+        place = f"Waiting until {request.not_before:%H:%M:%S} UTC: {request.reason}"
+    if place and place != told:
+        print(place, file=sys.stderr, flush=True)
+    return place or told
+
+
+def _interrupted(site: Site, request: Request) -> int:
+    """Ctrl-C: before dispatch the request is withdrawn, afterwards only we go away."""
+    from stagecal.domain.requests import State
+    from stagecal.services.life import advance
+
+    current = site.ledger.get(request.id)
+    if current.state in (State.RECEIVED, State.ACCEPTED):
+        site.ledger.set_wish(request.id, "withdraw", site.clock.now())
+        advance(site, request.id)
+        print(f"\n{PROGRAM}: withdrawn", file=sys.stderr)
+    else:
+        print(
+            f"\n{PROGRAM}: detached; the staging goes on with the daemon or the same command (stagecal status "
+            f"{request.id})",
+            file=sys.stderr,
+        )
+    return INTERRUPTED

@@ -1,0 +1,205 @@
+"""`stagecal watch`: the daemon. It looks at the trigger directory, takes the steps of every request, and stays alive.
+
+Events only wake it; what is true it reads from the directory and the ledger. It stops before its next side effect when
+another daemon holds the lease. Jobs outlive it, and the next one finds them again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from stagecal.cli.common import DONE, FORBIDDEN, load, only_the_service, parser
+
+if TYPE_CHECKING:
+    from stagecal.adapters.lease import Lease
+    from stagecal.adapters.watch import DirectoryWatch
+    from stagecal.config import Config
+    from stagecal.services.context import Site
+    from stagecal.services.rounds import Rounds
+
+log = logging.getLogger("stagecal.watch")
+
+_THREADS = 12
+_BEAT_S = 10
+_HOUSEKEEPING_S = 3600
+
+
+def make_parser(program: str) -> argparse.ArgumentParser:
+    """Return the parser of this command."""
+    made = parser(program, "Watch the trigger directory and do what is asked (started by systemd).", "stagecal watch")
+    made.add_argument(
+        "--until-idle",
+        action="store_true",
+        help="end when no request can move any more (0), or when some only wait for a later time (3)",
+    )
+    return made
+
+
+def command(options: argparse.Namespace, _name: str) -> int:
+    """Run until told to stop, or until idle."""
+    from stagecal import wiring
+    from stagecal.adapters.lease import claim
+
+    config = load(options)
+    _log_to_stderr(config)
+    config.state.directory.mkdir(parents=True, exist_ok=True)
+    only_the_service(config.state.directory)
+    site = wiring.site(config)
+    lease = claim(config.triggers.directory, config.state.directory, now=site.clock.now())
+    if lease.predecessor:
+        log.warning("took the lease over from %s", lease.predecessor)
+    daemon = _daemon(config, site, lease)
+    try:
+        return daemon.run(until_idle=options.until_idle)
+    finally:
+        daemon.close()
+
+
+def _log_to_stderr(config: Config) -> None:
+    logging.basicConfig(
+        level=config.state.log_level.upper(),
+        format="%(asctime)sZ %(levelname)s %(name)s: %(message)s",
+        datefmt="%Y-%m-%dT%H:%M:%S",
+        stream=sys.stderr,
+    )
+    logging.Formatter.converter = time.gmtime
+
+
+def _daemon(config: Config, site: Site, lease: Lease) -> _Daemon:
+    from stagecal import wiring
+    from stagecal.adapters.watch import DirectoryWatch
+    from stagecal.services.receiving import Receiver
+    from stagecal.services.rounds import Rounds
+    from stagecal.services.sweeping import know_root
+
+    know_root(site)
+    wiring.mend(config)
+    if config.restore.chosen_engine == "casatasks":
+        from stagecal.casa_worker import ensure_casa_worker
+
+        ensure_casa_worker(config.restore.casa_worker, progress=sys.stderr)
+    wake = threading.Event()
+    executor = ThreadPoolExecutor(max_workers=_THREADS, thread_name_prefix="step")
+    return _Daemon(
+        config=config,
+        site=site,
+        lease=lease,
+        wake=wake,
+        executor=executor,
+        rounds=Rounds(site, Receiver(site), executor, wake.set),
+        watch=DirectoryWatch(config.triggers.directory, wake.set),
+        ended=threading.Event(),
+    )
+
+
+@dataclass
+class _Daemon:
+    """The main loop and what it keeps alive."""
+
+    config: Config
+    site: Site
+    lease: Lease
+    wake: threading.Event
+    executor: ThreadPoolExecutor
+    rounds: Rounds
+    watch: DirectoryWatch
+    ended: threading.Event
+    probe: Future[None] | None = None
+    beat_at: float = 0.0
+    housekept_at: float = 0.0
+
+    def run(self, *, until_idle: bool) -> int:
+        import schedule
+
+        from stagecal.adapters.service_notify import notify, status, watchdog_interval_s
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._end)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        # The schedule only wakes the loop: a look that an event did not ask for.
+        looks = schedule.Scheduler()
+        looks.every(max(1, int(self.config.triggers.scan_interval_s))).seconds.do(self.wake.set)
+        ping_s = (watchdog_interval_s() or 60.0) / 2
+        self.watch.renew()
+        ready = False
+        while not self.ended.is_set():
+            self.wake.clear()
+            self._beat()
+            self._housekeep()
+            if not self.watch.healthy() and self.watch.renew():
+                log.info("the watch on %s is renewed", self.config.triggers.directory)
+            result = self.rounds.run()
+            if not ready:
+                ready = notify("READY=1") or True
+                log.info("watching %s", self.config.triggers.directory)
+            if self._threads_live():
+                notify("WATCHDOG=1", status(f"{len(self.site.ledger.open_requests())} open requests"))
+            if result.moved:
+                continue
+            if until_idle and not self.wake.is_set():
+                if self.rounds.is_idle():
+                    return DONE
+                if self.rounds.waits_long(self.site.clock.now()):
+                    return FORBIDDEN
+            self._sleep(result.next_at, ping_s, until_idle=until_idle)
+            looks.run_pending()
+        notify("STOPPING=1")
+        log.info("ended; jobs go on, the next start finds them")
+        return DONE
+
+    def close(self) -> None:
+        """End the watch, give the lease back, and leave: a step that packs for hours is done again after the start."""
+        self.watch.stop()
+        busy = any(not future.done() for future in self.rounds.in_flight.values())
+        self.executor.shutdown(wait=not busy, cancel_futures=True)
+        self.lease.release()
+        if busy and self.ended.is_set():
+            logging.shutdown()
+            os._exit(DONE)
+
+    def _end(self, *_: object) -> None:
+        self.ended.set()
+        self.wake.set()
+
+    def _sleep(self, next_at: object, ping_s: float, *, until_idle: bool) -> None:
+        from datetime import datetime
+
+        pause = min(ping_s, _BEAT_S, self.config.triggers.scan_interval_s)
+        if isinstance(next_at, datetime):
+            pause = min(pause, max(0.0, (next_at - self.site.clock.now()).total_seconds()))
+        if until_idle:
+            pause = min(pause, 0.2)
+        self.wake.wait(max(0.005, pause))
+
+    def _beat(self) -> None:
+        """Renew the lease; LeaseLostError ends the daemon before its next side effect."""
+        if time.monotonic() - self.beat_at >= _BEAT_S or not self.beat_at:
+            self.lease.beat(self.site.clock.now())
+            self.beat_at = time.monotonic()
+
+    def _housekeep(self) -> None:
+        if time.monotonic() - self.housekept_at >= _HOUSEKEEPING_S or not self.housekept_at:
+            from stagecal import wiring
+
+            wiring.keep_triggers_tidy(self.config, self.site.clock.now())
+            self.housekept_at = time.monotonic()
+
+    def _threads_live(self) -> bool:
+        """Return whether the threads still take work: if all of them hang, systemd has to restart us."""
+        if self.probe is not None and not self.probe.done():
+            return False
+        self.probe = self.executor.submit(_nothing)
+        return True
+
+
+def _nothing() -> None:
+    return None

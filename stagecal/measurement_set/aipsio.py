@@ -1,0 +1,187 @@
+"""A cursor over an AipsIO stream, the self-describing form in which casacore writes its headers.
+
+Promises to read nothing beyond the bytes that it was given: a stream that ends too early, or holds
+another object than expected, raises Damaged; a data type that is not known here raises CannotVerify.
+"""
+
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from stagecal.measurement_set.errors import CannotVerify, Damaged
+
+MAGIC = 0xBEBEBEBE
+DEEPEST_NESTING = 60
+
+# The numbers of casacore's enum DataType (casa/Utilities/DataType.h).
+BOOL, CHAR, UCHAR, SHORT, USHORT, INT, UINT, FLOAT, DOUBLE, COMPLEX, DCOMPLEX, STRING, TABLE = range(13)
+FIRST_ARRAY, LAST_ARRAY, RECORD, INT64, ARRAY_INT64 = 13, 24, 25, 29, 30
+SIZES = {
+    BOOL: 1,
+    CHAR: 1,
+    UCHAR: 1,
+    SHORT: 2,
+    USHORT: 2,
+    INT: 4,
+    UINT: 4,
+    FLOAT: 4,
+    DOUBLE: 8,
+    COMPLEX: 8,
+    DCOMPLEX: 16,
+    INT64: 8,
+}
+
+RecordFields = list[tuple[str, int, "RecordFields"]]
+
+
+class Cursor:
+    """Reads values one after another from `data`, starting at `position`, in the given byte order."""
+
+    def __init__(self, data: bytes, position: int = 0, *, big_endian: bool = True) -> None:
+        self.data = data
+        self.position = position
+        self.order = ">" if big_endian else "<"
+        self._depth = 0
+
+    def take(self, length: int) -> bytes:
+        end = self.position + length
+        if length < 0 or end > len(self.data):
+            raise Damaged(f"ends at byte {len(self.data)} where {length} bytes are due from byte {self.position}")
+        taken = self.data[self.position : end]
+        self.position = end
+        return taken
+
+    def _number(self, code: str, length: int) -> int:
+        value: int = struct.unpack(self.order + code, self.take(length))[0]
+        return value
+
+    def uint32(self) -> int:
+        return self._number("I", 4)
+
+    def int32(self) -> int:
+        return self._number("i", 4)
+
+    def uint64(self) -> int:
+        return self._number("Q", 8)
+
+    def count(self, *, wide: bool) -> int:
+        """Return a row count: four bytes, or eight where the writer had more than 2^31 rows."""
+        return self.uint64() if wide else self.uint32()
+
+    def flag(self) -> bool:
+        return self.take(1) != b"\0"
+
+    def text(self) -> str:
+        return decode(self.take(self.uint32()))
+
+    @contextmanager
+    def object(self, *expected: str, partly: bool = False) -> Iterator[int]:
+        """Enter the object that starts here and give its version.
+
+        Raises Damaged if its type is none of `expected` (any type, if none is given), or if what was read
+        does not end where the object's own length says; with `partly`, the rest may be left unread.
+        """
+        if self._depth == 0 and self.uint32() != MAGIC:
+            raise Damaged(f"has no AipsIO mark at byte {self.position - 4}")
+        if self._depth >= DEEPEST_NESTING:
+            raise Damaged("nests objects deeper than casacore ever does")
+        begin = self.position
+        length = self.uint32()
+        kind = self.text()
+        if expected and kind.split("<", 1)[0] not in expected:
+            raise Damaged(f"holds {kind[:40]!r} at byte {begin} where {' or '.join(expected)} is due")
+        self._depth += 1
+        yield self.uint32()
+        self._depth -= 1
+        if not partly and self.position != begin + length:
+            raise Damaged(f"has a {kind} that ends at byte {self.position}, not {begin + length} as it promises")
+
+    def skip_object(self) -> None:
+        """Pass over the nested object that starts here."""
+        self.position += int.from_bytes(
+            self.data[self.position : self.position + 4], "big" if self.order == ">" else "little"
+        )
+
+    def block(self, *, wide: bool = False) -> tuple[int, ...]:
+        """Return a Block of unsigned integers of four (or, if `wide`, eight) bytes."""
+        with self.object("Block"):
+            number = self.uint32()
+            raw = self.take(number * (8 if wide else 4))
+            return struct.unpack(f"{self.order}{number}{'Q' if wide else 'I'}", raw)
+
+    def shape(self) -> tuple[int, ...]:
+        """Return an IPosition: the lengths of the axes of an array."""
+        with self.object("IPosition") as version:
+            number = self.uint32()
+            raw = self.take(number * (4 if version == 1 else 8))
+            return struct.unpack(f"{self.order}{number}{'i' if version == 1 else 'q'}", raw)
+
+    def skip_value(self, data_type: int) -> None:
+        """Pass over one scalar or array value."""
+        if data_type in (STRING, TABLE):
+            self.text()
+        elif data_type in SIZES:
+            self.take(SIZES[data_type])
+        elif FIRST_ARRAY <= data_type <= LAST_ARRAY or data_type == ARRAY_INT64:
+            self._skip_array(INT64 if data_type == ARRAY_INT64 else data_type - FIRST_ARRAY)
+        else:
+            raise CannotVerify(f"holds a value of data type {data_type}, which is not known here")
+
+    def _skip_array(self, element: int) -> None:
+        with self.object("Array") as version:
+            axes = self.uint32()
+            if version < 3:
+                self.take(4 * axes)
+            self.take(4 * axes)
+            number = self.uint32()
+            if element == STRING:
+                for _ in range(number):
+                    self.text()
+            elif element == BOOL:
+                self.take((number + 7) // 8)
+            elif element in SIZES:
+                self.take(number * SIZES[element])
+            else:
+                raise CannotVerify(f"holds an array of data type {element}, which is not known here")
+
+    def record_tables(self) -> dict[str, str]:
+        """Read a TableRecord (keywords); return the table names of its own fields as they are written."""
+        with self.object("TableRecord"):
+            fields = self._record_description()
+            self.int32()
+            return self._record_values(fields)
+
+    def _record_description(self) -> RecordFields:
+        fields: RecordFields = []
+        with self.object("RecordDesc") as version:
+            for _ in range(self.uint32()):
+                name, data_type = self.text(), self.int32()
+                inner: RecordFields = []
+                if data_type == RECORD:
+                    inner = self._record_description()
+                elif FIRST_ARRAY <= data_type <= LAST_ARRAY or data_type == ARRAY_INT64:
+                    self.shape()
+                elif data_type == TABLE:
+                    self.text()
+                if version > 1:
+                    self.text()
+                fields.append((name, data_type, inner))
+        return fields
+
+    def _record_values(self, fields: RecordFields) -> dict[str, str]:
+        tables = {}
+        for name, data_type, inner in fields:
+            if data_type == TABLE:
+                tables[name] = self.text()
+            elif data_type != RECORD:
+                self.skip_value(data_type)
+            elif inner:
+                self._record_values(inner)
+            else:
+                self.record_tables()
+        return tables
+
+
+def decode(raw: bytes) -> str:
+    """Return casacore's bytes as text; bytes that are no UTF-8 stay visible as \\xNN."""
+    return raw.decode("utf-8", errors="backslashreplace")

@@ -1,0 +1,189 @@
+"""Whether a measurement set is whole: every table has the rows that casacore would report, every file the length
+that its header promises, and every id of the main table its row in a subtable.
+
+Reads headers, indices and id columns only, without CASA. What a check of this kind cannot see is a data file
+whose content was overwritten in place: only a checksum sees that.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from stagecal.measurement_set.columns import integer_range
+from stagecal.measurement_set.errors import CannotVerify, Damaged, MeasurementSetError, one_line
+from stagecal.measurement_set.tables import Lock, Table, Verdict, read_table
+
+MAIN = "MAIN"
+REQUIRED = ("ANTENNA", "DATA_DESCRIPTION", "FIELD", "OBSERVATION", "POLARIZATION", "SPECTRAL_WINDOW")
+# Column of ids, table that has it, table whose rows they name, smallest id that is allowed.
+REFERENCES = (
+    ("DATA_DESC_ID", MAIN, "DATA_DESCRIPTION", 0),
+    ("FIELD_ID", MAIN, "FIELD", 0),
+    ("ANTENNA1", MAIN, "ANTENNA", 0),
+    ("ANTENNA2", MAIN, "ANTENNA", 0),
+    ("OBSERVATION_ID", MAIN, "OBSERVATION", 0),
+    ("STATE_ID", MAIN, "STATE", -1),
+    ("PROCESSOR_ID", MAIN, "PROCESSOR", -1),
+    ("SPECTRAL_WINDOW_ID", "DATA_DESCRIPTION", "SPECTRAL_WINDOW", -1),
+    ("POLARIZATION_ID", "DATA_DESCRIPTION", "POLARIZATION", -1),
+)
+# Some observatories leave these empty and write the id 0 all the same; CASA lives with it.
+MAY_BE_EMPTY = ("STATE", "PROCESSOR")
+
+
+@dataclass(frozen=True)
+class TableReport:
+    """One table: the rows that casacore would report, the rows that are stored (each None if unknown)."""
+
+    name: str
+    reported_rows: int | None
+    rows: int | None
+    verdict: Verdict
+    problems: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """A measurement set: its tables (MAIN first) and every problem, one line each."""
+
+    path: Path
+    tables: tuple[TableReport, ...]
+    problems: tuple[str, ...]
+
+    @property
+    def rows(self) -> int | None:
+        """The number of rows that the main table holds, None if that cannot be told."""
+        return self.tables[0].rows
+
+    @property
+    def healthy(self) -> bool:
+        """Whether it can be used as it lies there, lock files included."""
+        return not self.problems
+
+    @property
+    def verifiable(self) -> bool:
+        """Whether every table is stored in a way that can be checked."""
+        return all(table.verdict is not Verdict.CANNOT_BE_VERIFIED for table in self.tables)
+
+    @property
+    def sealed(self) -> bool:
+        """Whether it is healthy and stays so without any of its lock files."""
+        return self.healthy and all(table.verdict is Verdict.OK for table in self.tables)
+
+
+def check_measurement_set(path: Path) -> CheckReport:
+    """Return what is wrong with the measurement set at `path`, if anything.
+
+    Raises NotAMeasurementSet if `path` is no directory; everything else is told by the report.
+    Nothing is written. The process must not have the measurement set open through casacore (see tables).
+    """
+    tables = read_measurement_set(path)
+    reports = tuple(_report(name, table) for name, table in tables.items())
+    problems = [f"{report.name}: {line}" for report in reports for line in report.problems]
+    problems += _missing_tables(tables)
+    problems += _empty_tables(tables)
+    problems += _loose_references(tables)
+    return CheckReport(path, reports, tuple(problems))
+
+
+def read_measurement_set(path: Path) -> dict[str, Table]:
+    """Return the main table under "MAIN" and each subtable that its keywords name, in their order.
+
+    Raises NotAMeasurementSet if `path` is no directory. A table that lies elsewhere is not followed.
+    """
+    main = read_table(path)
+    tables = {MAIN: main}
+    if main.description is None:
+        return tables
+    for name, stored in main.description.subtables.items():
+        tables[name] = _read_subtable(path, stored)
+    return tables
+
+
+def _read_subtable(path: Path, stored: str) -> Table:
+    """Read a subtable under the name that the keyword has: "././NAME" is inside the table, "./NAME" beside it."""
+    relative = stored
+    while relative.startswith("./"):
+        relative = relative[2:]
+    if len(stored) - len(relative) == 2:
+        place = Path(os.path.abspath(path)).parent / relative
+    elif len(stored) > len(relative):
+        place = path / relative
+    else:
+        place = Path(os.path.abspath(stored))
+    inside = place.resolve().is_relative_to(path.resolve())
+    if not inside:
+        line = f"lies outside the measurement set at {place}, so a copy would lack it; put it inside with split"
+        return _no_table(place, unknown=(line,))
+    if not place.is_dir():
+        return _no_table(place, damage=("its directory is missing",))
+    return read_table(place)
+
+
+def _no_table(place: Path, *, damage: tuple[str, ...] = (), unknown: tuple[str, ...] = ()) -> Table:
+    return Table(place, None, Lock(), {}, damage, unknown)
+
+
+def _report(name: str, table: Table) -> TableReport:
+    verdict, problems = table.verdict, table.problems
+    kind = table.description.kind if table.description else "PlainTable"
+    if kind != "PlainTable" and (name == MAIN or name in REQUIRED):
+        verdict = Verdict.CANNOT_BE_VERIFIED
+        problems = (*problems, f"is a {kind}, whose rows lie in other tables; make a copy of its own with split")
+    lines = tuple(map(one_line, problems))
+    return TableReport(one_line(name), table.reported_rows, table.true_rows, verdict, lines)
+
+
+def _missing_tables(tables: dict[str, Table]) -> list[str]:
+    description = tables[MAIN].description
+    if description is None or description.kind != "PlainTable":
+        return []
+    missing = [name for name in REQUIRED if name not in tables]
+    if missing:
+        return [f"MAIN: names no subtable {', '.join(missing)}: this is no measurement set"]
+    return []
+
+
+def _empty_tables(tables: dict[str, Table]) -> list[str]:
+    empty = [name for name in (MAIN, *REQUIRED) if name in tables and _plain(tables[name]) and not _rows(tables[name])]
+    return [f"{name}: has no rows, so there are no data to use; make it again from its source" for name in empty]
+
+
+def _loose_references(tables: dict[str, Table]) -> list[str]:
+    problems = []
+    for column, name, target, smallest in REFERENCES:
+        if not (name in tables and target in tables and _plain(tables[name]) and _plain(tables[target])):
+            continue
+        rows = _rows(tables[target])
+        if rows == 0 and (target in MAY_BE_EMPTY or target in REQUIRED):
+            continue
+        try:
+            found = integer_range(tables[name], column)
+        except CannotVerify:
+            continue
+        except (Damaged, OSError) as error:
+            problems.append(f"{name}: {column} cannot be read: {error}; make it again from its source")
+            continue
+        if found and not (smallest <= found[0] and found[1] < rows):
+            problems.append(
+                f"{name}: {column} goes from {found[0]} to {found[1]}, but {target} has {rows} rows;"
+                " make it again from its source"
+            )
+    return problems
+
+
+def _plain(table: Table) -> bool:
+    """Whether the number of rows is beyond doubt."""
+    return (
+        table.description is not None
+        and table.description.kind == "PlainTable"
+        and table.true_rows is not None
+        and not table.damage
+    )
+
+
+def _rows(table: Table) -> int:
+    rows = table.true_rows
+    if rows is None:
+        raise MeasurementSetError(f"{table.path}: the number of rows is not known")
+    return rows

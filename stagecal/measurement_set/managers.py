@@ -1,0 +1,230 @@
+"""What each storage manager's own files say of the number of rows, and whether they are as long as they promise.
+
+Only headers and indices are read. Raises Damaged where a file is missing, cut, or contradicts itself.
+"""
+
+import itertools
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from stagecal.measurement_set.aipsio import Cursor
+from stagecal.measurement_set.description import Column, Manager
+from stagecal.measurement_set.errors import Damaged
+
+BUCKETS_START = 512  # Both bucketed managers keep their header in the first 512 bytes.
+HAS_ARRAY_FILE = ("StandardStMan", "IncrementalStMan", "StManAipsIO")
+VIRTUAL = (
+    "BitFlagsEngine",
+    "CompressComplex",
+    "CompressFloat",
+    "ForwardColumn",
+    "MappedArrayEngine",
+    "RetypedArrayEngine",
+    "ScaledArrayEngine",
+    "ScaledComplexData",
+    "VirtualTaQLColumn",
+)  # These compute their values from other columns and keep no file.
+
+
+@dataclass(frozen=True)
+class StandardIndex:
+    """One index of a StandardStMan: bucket i holds the rows up to and including `last_rows[i]`."""
+
+    columns: int
+    last_rows: tuple[int, ...]
+    buckets: tuple[int, ...]
+
+    @property
+    def rows(self) -> int:
+        return self.last_rows[-1] + 1 if self.last_rows else 0
+
+
+@dataclass(frozen=True)
+class StandardFile:
+    """The header of a StandardStMan file."""
+
+    bucket_size: int
+    bucket_count: int
+    indices: tuple[StandardIndex, ...]
+
+
+@dataclass(frozen=True)
+class IncrementalFile:
+    """The header of an IncrementalStMan file: bucket i holds the rows from `starts[i]` to `starts[i + 1]` - 1."""
+
+    bucket_size: int
+    bucket_count: int
+    starts: tuple[int, ...]
+    buckets: tuple[int, ...]
+
+
+def stored_rows(directory: Path, manager: Manager, columns: tuple[Column, ...], *, big_endian: bool) -> int | None:
+    """Return the number of rows that the files of `manager` hold, None if it keeps no count.
+
+    `columns` are the columns that it holds, `big_endian` is the byte order of the table.
+    Raises Damaged where a file is missing, shorter than its header promises, or not what it should be.
+    """
+    path = directory / f"table.f{manager.number}"
+    rows: int | None = None
+    try:
+        if manager.kind == "StandardStMan":
+            rows = _standard_rows(path, big_endian)
+        elif manager.kind == "IncrementalStMan":
+            rows = read_incremental(path, big_endian=big_endian).starts[-1]
+        elif manager.kind == "StManAipsIO":
+            rows = _aipsio_rows(path, manager)
+        elif manager.kind.startswith("Tiled"):
+            rows = _tiled_rows(path, manager, len(columns), big_endian)
+        if manager.kind in HAS_ARRAY_FILE:
+            needed = any(column.needs_array_file for column in columns)
+            _check_array_file(path, needed=needed, big_endian=big_endian or manager.kind == "StManAipsIO")
+    except FileNotFoundError as error:
+        raise Damaged(f"{Path(error.filename).name} is missing") from None
+    except OSError as error:
+        raise Damaged(f"{path.name} cannot be read: {error.strerror}") from None
+    except Damaged as error:
+        raise error if str(error).startswith(path.name) else Damaged(f"{path.name} {error}") from None
+    return rows
+
+
+def is_known(kind: str) -> bool:
+    """Whether a manager of this kind is checked here, or keeps no file that could be damaged."""
+    tiled = ("TiledColumnStMan", "TiledShapeStMan", "TiledCellStMan", "TiledDataStMan")
+    return kind in HAS_ARRAY_FILE or kind in tiled or kind.startswith(VIRTUAL)
+
+
+def read_standard(path: Path, *, big_endian: bool) -> StandardFile:
+    """Return the header and the indices of a StandardStMan file."""
+    with path.open("rb") as file:
+        cursor = Cursor(file.read(BUCKETS_START), big_endian=big_endian)
+        with cursor.object("StandardStMan", partly=True) as version:
+            _expect_order(cursor.flag() if version >= 3 else True, big_endian)
+            bucket_size, bucket_count = cursor.uint32(), cursor.uint32()
+            for _ in ("cache size", "free buckets", "first free bucket"):
+                cursor.uint32()
+            index_buckets, bucket = cursor.uint32(), cursor.int32()
+            offset = cursor.uint32() if version >= 2 else 0
+            cursor.int32()  # last string bucket
+            length, index_count = cursor.uint32(), cursor.uint32()
+        _expect_length(path, BUCKETS_START + bucket_count * bucket_size)
+        if index_buckets > bucket_count:
+            raise Damaged(f"has {bucket_count} buckets, {index_buckets} of them for its index")
+        content = bytearray()
+        for _ in range(index_buckets):
+            if not 0 <= bucket < bucket_count:
+                raise Damaged(f"keeps its index in bucket {bucket} of {bucket_count}")
+            data = os.pread(file.fileno(), bucket_size, BUCKETS_START + bucket * bucket_size)
+            bucket = int.from_bytes(data[4:8], "big", signed=True)
+            content += data[offset : offset + length] if offset else data[8:]
+    cursor = Cursor(bytes(content[:length]), big_endian=big_endian)
+    return StandardFile(bucket_size, bucket_count, tuple(_standard_index(cursor) for _ in range(index_count)))
+
+
+def _standard_index(cursor: Cursor) -> StandardIndex:
+    with cursor.object("SSMIndex") as version:
+        used, _rows_per_bucket, columns = cursor.uint32(), cursor.uint32(), cursor.int32()
+        cursor.skip_object()  # free space
+        last_rows, buckets = cursor.block(wide=version > 1), cursor.block()
+    if len(last_rows) < used or len(buckets) < used:
+        raise Damaged(f"has an index of {len(last_rows)} entries where {used} are in use")
+    last_rows = last_rows[:used]
+    if any(later <= earlier for earlier, later in itertools.pairwise(last_rows)):
+        raise Damaged("has an index whose rows do not increase")
+    return StandardIndex(columns, last_rows, buckets[:used])
+
+
+def _standard_rows(path: Path, big_endian: bool) -> int:
+    counts = {index.rows for index in read_standard(path, big_endian=big_endian).indices if index.columns > 0}
+    if len(counts) != 1:
+        raise Damaged(f"has indices that disagree on the number of rows: {sorted(counts)}")
+    return counts.pop()
+
+
+def read_incremental(path: Path, *, big_endian: bool) -> IncrementalFile:
+    """Return the header and the index of an IncrementalStMan file."""
+    with path.open("rb") as file:
+        cursor = Cursor(file.read(BUCKETS_START), big_endian=big_endian)
+        with cursor.object("IncrementalStMan", partly=True) as version:
+            _expect_order(cursor.flag() if version >= 5 else True, big_endian)
+            bucket_size, bucket_count = cursor.uint32(), cursor.uint32()
+        index_start = BUCKETS_START + bucket_count * bucket_size
+        _expect_length(path, index_start + 1)
+        file.seek(index_start)
+        cursor = Cursor(file.read(), big_endian=big_endian)
+    with cursor.object("ISMIndex") as version:
+        used = cursor.uint32()
+        starts, buckets = cursor.block(wide=version > 1), cursor.block()
+    if used < 1 or len(starts) <= used or len(buckets) < used:
+        raise Damaged(f"has an index of {len(starts)} entries where {used + 1} are in use")
+    starts = starts[: used + 1]
+    if list(starts) != sorted(starts) or starts[0] != 0:
+        raise Damaged("has an index whose rows do not increase")
+    return IncrementalFile(bucket_size, bucket_count, starts, buckets[:used])
+
+
+def _aipsio_rows(path: Path, manager: Manager) -> int:
+    with path.open("rb") as file:
+        cursor = Cursor(file.read(4096))  # always big-endian, whatever the table says
+    with cursor.object("StManAipsIO", partly=True) as version:
+        _expect_length(path, 4 + int.from_bytes(cursor.data[4:8], "big"))
+        if version > 1:
+            cursor.text()
+        _expect_number(cursor.uint32(), manager)
+        cursor.uint32()
+        return cursor.uint32()
+
+
+def _tiled_rows(path: Path, manager: Manager, columns: int, big_endian: bool) -> int:
+    cursor = Cursor(path.read_bytes())  # the header is always big-endian, whatever the table says
+    with cursor.object(manager.kind, partly=True):
+        if manager.kind in ("TiledColumnStMan", "TiledCellStMan"):
+            cursor.shape()
+        with cursor.object("TiledStMan", partly=True) as version:
+            _expect_order(cursor.flag() if version >= 2 else True, big_endian)
+            wide = version >= 3
+            _expect_number(cursor.uint32(), manager)
+            rows = cursor.count(wide=wide)
+            held = cursor.uint32()
+            if held != columns:
+                raise Damaged(f"holds {held} columns, table.dat says {columns}")
+            cursor.take(4 * columns)
+            cursor.text()
+            cursor.count(wide=wide)  # cache size
+            cursor.uint32()  # number of axes
+            for _ in range(cursor.count(wide=wide)):
+                if cursor.flag():
+                    long = cursor.uint32() > 1  # version 2 has room for files of 2 GiB and more
+                    cubes = path.with_name(f"{path.name}_TSM{cursor.uint32()}")
+                    _expect_length(cubes, cursor.count(wide=long))
+    return rows
+
+
+def _check_array_file(path: Path, *, needed: bool, big_endian: bool) -> None:
+    """Check the file of indirect arrays: a version (4 bytes) and its length (8 bytes) open it."""
+    path = path.with_name(path.name + "i")
+    if not needed and not path.exists():
+        return
+    with path.open("rb") as file:
+        head = file.read(12)
+    if not head and not needed:
+        return
+    if len(head) < 12:
+        raise Damaged(f"{path.name} has {len(head)} bytes, not even its header")
+    _expect_length(path, int.from_bytes(head[4:12], "big" if big_endian else "little"))
+
+
+def _expect_order(found: bool, expected: bool) -> None:
+    if found != expected:
+        raise Damaged("has another byte order than table.dat says")
+
+
+def _expect_number(found: int, manager: Manager) -> None:
+    if found != manager.number:
+        raise Damaged(f"says that it is number {found}: it comes from another table")
+
+
+def _expect_length(path: Path, promised: int) -> None:
+    length = path.stat().st_size
+    if length < promised:
+        raise Damaged(f"{path.name} has {length} bytes where its header promises {promised}")

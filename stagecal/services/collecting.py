@@ -1,0 +1,250 @@
+"""From a job that ended well to a published directory: products complete, checked, sealed, checked again, packed.
+
+A product that is missing, empty or broken fails the request; nothing partial is ever published. For calibrator requests
+the data themselves are read: every field in them must be asked for, a calibrator, and no science target.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from stagecal.domain import terminal
+from stagecal.domain.products import measurement_set_name, tar_name
+from stagecal.domain.records import ProductFile, Step
+from stagecal.domain.requests import Request, State
+from stagecal.domain.verdicts import Verdict
+from stagecal.measurement_set import (
+    FieldUse,
+    MeasurementSetError,
+    check_measurement_set,
+    read_fields,
+    seal_measurement_set,
+)
+from stagecal.ports import FatalError, JobHandle, StagingArea, TransientError
+from stagecal.services.context import Site
+from stagecal.services.judging import refusal_lines
+from stagecal.services.publishing import product_file, publish, published_already, published_lines
+
+# What NRAO's and ESO's deliveries hold beside the data; never the manifest or the AQUA report.
+_AUXILIARY = re.compile(
+    r"(README[A-Za-z0-9._+-]*|[A-Za-z0-9][A-Za-z0-9._+-]*"
+    r"(calapply\.txt|caltables\.tgz|casa_commands\.log|casa_piperestorescript\.py|casa_pipescript\.py|weblog\.tgz"
+    r"|flux\.csv|flagtemplate\.txt|PPR[A-Za-z0-9._+-]*\.xml)|casa_commands\.log|flux\.csv|PPR_[A-Za-z0-9._+-]*\.xml)"
+)
+
+
+class ProductError(Exception):
+    """The job's products are not what was asked for: the request fails, and a person looks."""
+
+
+@dataclass(frozen=True)
+class NoCalibratorError(Exception):
+    """A named field is no calibrator, or not only one."""
+
+    detail: str
+
+
+class WithdrawnMeanwhileError(Exception):
+    """An operator withdrew the request while its products were collected."""
+
+
+def collect(site: Site, request: Request, now: datetime) -> Request:
+    """STAGING, after the job ended well: check, seal, pack and publish its products."""
+    already = published_already(site, request)
+    if already is not None:
+        staging, files, absent = already
+        return site.ledger.commit(
+            request,
+            now=now,
+            to=State.STAGED,
+            step=Step("publish", "is it published?", "yes, before an interruption", "recorded"),
+            staging=staging,
+            files=files,
+            absent=absent,
+            holds_slot=False,
+            terminal=[*terminal.CLEANED, *published_lines(site, request, staging.published_at)],
+        )
+    directory = site.nodes.directory(JobHandle(request.node, request.work, request.nonce))
+    report = read_report(directory)
+    products = directory / "products"
+    try:
+        sets = find_products(request, report, products)
+        for measurement_set in sets.values():
+            make_trustworthy(measurement_set)
+        check_fields(request, report, sets)
+    except NoCalibratorError as refusal:
+        return site.ledger.commit(
+            request,
+            now=now,
+            to=State.REFUSED,
+            step=Step(
+                "judge",
+                f"are {', '.join(request.calfields)} calibrators?",
+                refusal.detail,
+                Verdict.NOT_A_CALIBRATOR_FIELD,
+            ),
+            verdict=Verdict.NOT_A_CALIBRATOR_FIELD,
+            reason=refusal.detail,
+            holds_slot=False,
+            terminal=refusal_lines(request, Verdict.NOT_A_CALIBRATOR_FIELD, refusal.detail),
+        )
+    need = sum(size_of(measurement_set) for measurement_set in sets.values())
+    free = site.staging.free_bytes()
+    reserve = int(site.config.staging.reserve_gb * 1e9)
+    if free < need + reserve:
+        raise TransientError(
+            f"the staging disk has {free / 1e9:.1f} GB free; {need / 1e9:.1f} GB and the reserve of "
+            f"{reserve / 1e9:.1f} GB are needed: delete staged data or make the disk larger"
+        )
+    started = time.monotonic()
+    files = _pack(site, request, sets, directory)
+    absent = tuple(block for block in request.execution_blocks if block not in sets)
+    made_by = {
+        name: report[name]
+        for name in ("engine", "casa_version", "commands", "started", "ended")
+        if report.get(name) is not None
+    }
+    if site.ledger.get(request.id).wish == "withdraw":
+        site.staging.discard(request.token)
+        raise WithdrawnMeanwhileError
+    staging = publish(site, request, files, absent, made_by, now)
+    sizes = {file.name: file.size for file in files if file.execution_block}
+    checked = "; ".join(f"{name}: {size} bytes" for name, size in sizes.items())
+    return site.ledger.commit(
+        request,
+        now=now,
+        to=State.STAGED,
+        step=Step("publish", "are the products complete and healthy?", checked, "published"),
+        staging=staging,
+        files=files,
+        absent=absent,
+        holds_slot=False,
+        terminal=[
+            *terminal.completed(),
+            *terminal.copied(sizes, time.monotonic() - started),
+            *terminal.CLEANED,
+            *published_lines(site, request, now),
+        ],
+    )
+
+
+def read_report(directory: Path) -> Mapping[str, Any]:
+    """Return what the engine reported about its work; an engine may leave no report, then it is empty.
+
+    Raises ProductError if there is one that cannot be understood.
+    """
+    try:
+        text = (directory / "report.json").read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return {"engine": "command"}
+    try:
+        report = json.loads(text)
+    except ValueError as error:
+        raise ProductError(f"the engine's report.json is no JSON ({error})") from error
+    if not isinstance(report, dict):
+        raise ProductError("the engine's report.json is no object")
+    return report
+
+
+def find_products(request: Request, report: Mapping[str, Any], products: Path) -> dict[str, Path]:
+    """Return the calibrated MS of each expected EB; an EB may lack one only if it has none of the calfields.
+
+    Raises NoCalibratorError if the engine found a named field to be no calibrator, ProductError if an expected MS is
+    missing or one is there that nobody asked for.
+    """
+    refused = report.get("not_calibrators") or []
+    if refused:
+        reasons = "; ".join(f"{one.get('field')}: {one.get('reason')}" for one in refused if isinstance(one, dict))
+        raise NoCalibratorError(reasons or "the engine says so")
+    blocks = report.get("execution_blocks") or {}
+    found = {}
+    for block in request.execution_blocks:
+        path = products / measurement_set_name(block)
+        if path.is_dir() and not path.is_symlink():
+            found[block] = path
+        elif not (request.calfields and (blocks.get(block) or {}).get("without_calfields") is True):
+            raise ProductError(f"the job left no {measurement_set_name(block)}")
+    expected = {measurement_set_name(block) for block in request.execution_blocks}
+    others = sorted(path.name for path in products.glob("*.ms.split.cal") if path.name not in expected)
+    if others:
+        raise ProductError(f"the job left {others[0]}, which belongs to no expected EB")
+    if not found:
+        fields = ", ".join(request.calfields)
+        raise NoCalibratorError(f"none of the EBs has the field {fields}")
+    return found
+
+
+def make_trustworthy(path: Path) -> None:
+    """Check an MS, make it independent of its lock files, and check it again. Raises ProductError."""
+    try:
+        for attempt in ("check", "seal"):
+            report = check_measurement_set(path)
+            if not report.healthy:
+                raise ProductError(f"{path.name} is not healthy: {'; '.join(report.problems[:3])}")
+            if attempt == "check":
+                seal_measurement_set(path)
+    except MeasurementSetError as error:
+        raise ProductError(f"{path.name}: {error}") from error
+
+
+def check_fields(request: Request, report: Mapping[str, Any], sets: Mapping[str, Path]) -> None:
+    """For a calibrator request, read the fields in the products: asked for, calibrators, no science target.
+
+    Raises NoCalibratorError, or ProductError if a product holds data of another field or its fields cannot be read.
+    """
+    if not request.calfields:
+        return
+    seen: set[str] = set()
+    for path in sets.values():
+        try:
+            uses: Sequence[FieldUse] = [use for use in read_fields(path) if use.rows > 0]
+        except MeasurementSetError as error:
+            raise ProductError(f"the fields of {path.name} cannot be verified: {error}") from error
+        for use in uses:
+            if use.name not in request.calfields:
+                raise ProductError(f"{path.name} holds data of {use.name}, which was not asked for")
+            if any(intent.startswith("OBSERVE_TARGET") for intent in use.intents):
+                raise NoCalibratorError(f"{use.name} is observed as science target (OBSERVE_TARGET) in {path.name}")
+            if use.rows_without_intent or not any(intent.startswith("CALIBRATE_") for intent in use.intents):
+                raise NoCalibratorError(f"{use.name} is not observed as calibrator throughout in {path.name}")
+            seen.add(use.name)
+    missing = sorted(set(request.calfields) - seen)
+    if missing:
+        raise NoCalibratorError(f"none of the EBs has the field {', '.join(missing)}")
+
+
+def size_of(directory: Path) -> int:
+    """Return the bytes of all files below a directory."""
+    return sum(path.lstat().st_size for path in directory.rglob("*") if path.is_file())
+
+
+def _pack(site: Site, request: Request, sets: Mapping[str, Path], directory: Path) -> tuple[ProductFile, ...]:
+    site.staging.begin(request.token)
+    try:
+        packed = [
+            product_file(site.staging.pack(request.token, tar_name(block), path), block) for block, path in sets.items()
+        ]
+        if not request.calfields:
+            packed += _auxiliary(site.staging, request, directory / "auxiliary")
+    except (TransientError, FatalError):
+        site.staging.discard(request.token)
+        raise
+    return tuple(packed)
+
+
+def _auxiliary(area: StagingArea, request: Request, directory: Path) -> list[ProductFile]:
+    """Copy the auxiliary files of a full request; a calibrator directory holds none of them."""
+    if not directory.is_dir():
+        return []
+    return [
+        product_file(area.copy(request.token, path.name, path), "")
+        for path in sorted(directory.iterdir())
+        if path.is_file() and not path.is_symlink() and _AUXILIARY.fullmatch(path.name)
+    ]

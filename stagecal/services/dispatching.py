@@ -1,0 +1,255 @@
+"""From ACCEPTED to a running job and to its end: turn, slot, node, launch, poll.
+
+Never more than `max_jobs` jobs hold a slot; a slot is free only when its job is proven dead. What is unknown about a
+job stays unknown: nothing is started elsewhere until the node has answered.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+
+from stagecal.domain import terminal
+from stagecal.domain.identifiers import sanitized
+from stagecal.domain.records import Step
+from stagecal.domain.requests import Request, State, maker_of, queue, retry_delay
+from stagecal.domain.scheduling import choose_node, explain_choice
+from stagecal.ports import JobHandle, JobState, TransientError
+from stagecal.services.collecting import ProductError, WithdrawnMeanwhileError, collect
+from stagecal.services.context import Site
+from stagecal.services.publishing import published_already, published_lines
+from stagecal.services.reuse import serve_from_staged
+
+MAXIMUM_LOSSES = 3
+REST = timedelta(seconds=30)
+
+
+def handle_of(request: Request) -> JobHandle:
+    """Return how the request's job is found."""
+    return JobHandle(request.node, request.work, request.nonce)
+
+
+def step_accepted(site: Site, request: Request, now: datetime) -> Request:
+    """ACCEPTED: serve it from what is staged, or wait for who makes it, or start a job when it is its turn."""
+    already = published_already(site, request)
+    if already is not None:
+        staging, files, absent = already
+        return site.ledger.commit(
+            request,
+            now=now,
+            to=State.STAGED,
+            step=Step("reuse", "is it published?", "yes, before an interruption", "recorded"),
+            staging=staging,
+            files=files,
+            absent=absent,
+            terminal=published_lines(site, request, staging.published_at),
+        )
+    staged = serve_from_staged(site, request, now)
+    if staged is not None:
+        return staged
+    everybody = site.ledger.open_requests()
+    failed = _failed_maker(site, request, everybody)
+    if failed is not None:
+        return site.ledger.commit(
+            request,
+            now=now,
+            to=State.FAILED,
+            step=Step("dispatch", "is it being made?", f"by {failed.id}, which failed", "failed with it"),
+            failed_with=failed.id,
+            reason=f"failed with {failed.id}: {failed.reason}",
+            terminal=failure_lines(site, request),
+        )
+    if maker_of(request, everybody) is not None:
+        return request
+    if site.ledger.setting("held"):
+        return request
+    in_front = [
+        other
+        for other in queue(everybody, now)
+        if other.sequence < request.sequence and maker_of(other, everybody) is None
+    ]
+    if in_front:
+        return request
+    return _dispatch(site, request, now)
+
+
+def _failed_maker(site: Site, request: Request, everybody: Sequence[Request]) -> Request | None:
+    """Return the request that made the same products while this one waited, and failed."""
+    for other in everybody:
+        if (
+            other.id != request.id
+            and other.recipe == request.recipe
+            and other.state in (State.FAILED, State.HELD)
+            and other.verdict is None
+            and other.since >= request.since
+            and site.ledger.staging(other.token) is None
+        ):
+            return other
+    return None
+
+
+def _dispatch(site: Site, request: Request, now: datetime) -> Request:
+    free = site.staging.free_bytes()
+    if free < site.config.staging.reserve_gb * 1e9:
+        raise TransientError(
+            f"the staging disk has {free / 1e9:.1f} GB free, less than the reserve of "
+            f"{site.config.staging.reserve_gb:g} GB: delete staged data or make the disk larger"
+        )
+    if sum(other.holds_slot for other in site.ledger.open_requests()) >= site.config.cluster.max_jobs:
+        return request
+    looks = site.nodes.loads()
+    label = site.engines.label(request.project)
+    limit = site.config.cluster.max_load_per_core
+    avoid = frozenset(request.lost_on)
+    # A site with a single fitting node has no other one to go to after its reboot.
+    if {look.name for look in looks if not label or label in look.labels} <= avoid:
+        avoid = frozenset()
+    node = choose_node(looks, label=label, max_load_per_core=limit, avoid=avoid)
+    opinions = explain_choice(looks, label=label, max_load_per_core=limit, avoid=avoid)
+    seen = "; ".join(f"{opinion.name} {opinion.reason}" for opinion in opinions)
+    if node is None:
+        if request.reason != seen:
+            site.ledger.note(request.id, Step("dispatch", "which node has low load?", seen, "none: wait"), now)
+        return site.ledger.commit(request, now=now, not_before=now + REST, reason=seen)
+    nonce = site.new_secret()
+    job = JobHandle(node, f"WORK{int(nonce[:7], 16)}", nonce)
+    claimed = site.ledger.claim_slot(
+        request,
+        max_jobs=site.config.cluster.max_jobs,
+        now=now,
+        step=Step("dispatch", "which node has low load?", seen, f"{node}, {job.work}"),
+        node=job.node,
+        work=job.work,
+        nonce=job.nonce,
+        reason="",
+    )
+    return claimed or request
+
+
+def step_dispatching(site: Site, request: Request, now: datetime) -> Request:
+    """DISPATCHING: bring the job to its node and start it, at most once; look there again after any doubt."""
+    job = handle_of(request)
+    try:
+        site.nodes.prepare(job, {**site.engines.job_files(request), "request.json": _record_of(request)})
+        site.nodes.launch(job, lease_until(site, now))
+    except TransientError as trouble:
+        if request.attempts < MAXIMUM_LOSSES:
+            raise
+        # The node stays in trouble. Once the job is proven unable to start there, the request may go elsewhere.
+        site.nodes.cancel(job)
+        status = site.nodes.poll(job)
+        if status.state in (JobState.RUNNING, JobState.UNREACHABLE):
+            raise
+        return _lost(site, request, f"{job.node} cannot start it ({trouble})", now)
+    return site.ledger.commit(
+        request,
+        now=now,
+        to=State.STAGING,
+        step=Step("launch", f"is {job.work} started on {job.node}?", "yes", "wait for its end"),
+        terminal=[
+            *terminal.dispatched(
+                job.node,
+                account_on(site, job.node),
+                str(site.nodes.directory(job)),
+                old_casa=site.engines.is_old(request.project),
+            ),
+            *terminal.checking(request.execution_blocks),
+            *terminal.not_found(request.execution_blocks[0]),
+            terminal.SUBMITTED,
+        ],
+    )
+
+
+def _record_of(request: Request) -> bytes:
+    """Return what a job directory says of its request, so that a lost ledger can be made anew."""
+    names = ("node", "work", "nonce", "mous", "execution_blocks", "calibration", "recipe", "token", "lost_on")
+    record = {"request": request.id, **{name: getattr(request, name) for name in names}}
+    return json.dumps(record, indent=1).encode() + b"\n"
+
+
+def step_staging(site: Site, request: Request, now: datetime) -> Request:
+    """STAGING: look after the job; collect its products when it ended well."""
+    job = handle_of(request)
+    status = site.nodes.poll(job)
+    if status.state is JobState.RUNNING:
+        site.nodes.renew_lease(job, lease_until(site, now))
+        return site.ledger.commit(request, now=now, not_before=now + poll_interval(site, request, now))
+    if status.state is JobState.UNREACHABLE:
+        rest = site.config.cluster.poll_interval_s
+        if request.reason != status.detail:
+            site.ledger.note(request.id, Step("poll", "does the job live?", status.detail, "unknown: wait"), now)
+        return site.ledger.commit(request, now=now, not_before=now + timedelta(seconds=rest), reason=status.detail)
+    if status.state is not JobState.EXITED:
+        return _lost(site, request, status.detail or f"the job is {status.state}", now)
+    if status.exit_code != 0:
+        reason = f"the job on {job.node} ended with exit code {status.exit_code}"
+        return fail(site, request, reason, now, job_is_dead=True)
+    try:
+        return collect(site, request, now)
+    except ProductError as error:
+        return fail(site, request, str(error), now, job_is_dead=True)
+    except WithdrawnMeanwhileError:
+        return site.ledger.get(request.id)
+
+
+def _lost(site: Site, request: Request, detail: str, now: datetime) -> Request:
+    lost_on = (*request.lost_on, request.node)
+    if len(lost_on) >= MAXIMUM_LOSSES:
+        reason = f"the job was lost on {', '.join(lost_on)} ({detail})"
+        return fail(site, request, reason, now, job_is_dead=True)
+    return site.ledger.commit(
+        request,
+        now=now,
+        to=State.ACCEPTED,
+        step=Step("poll", "does the job live?", f"lost on {request.node}: {detail}", "start it again"),
+        holds_slot=False,
+        lost_on=lost_on,
+        node="",
+        work="",
+        nonce="",
+    )
+
+
+def fail(site: Site, request: Request, reason: str, now: datetime, *, job_is_dead: bool = False) -> Request:
+    """Move a request to FAILED; everything that helps to find out why stays where it is."""
+    return site.ledger.commit(
+        request,
+        now=now,
+        to=State.FAILED,
+        step=Step("fail", seen=reason, decided="FAILED"),
+        reason=reason,
+        holds_slot=request.holds_slot and not job_is_dead,
+        terminal=failure_lines(site, request),
+    )
+
+
+def failure_lines(site: Site, request: Request) -> list[str]:
+    """Return the terminal's last lines of a staging that failed."""
+    work = str(site.nodes.directory(handle_of(request))) if request.work else ""
+    return terminal.failed(f"{site.config.staging.root}/{request.token or sanitized(request.mous)}", request.mous, work)
+
+
+def account_on(site: Site, node: str) -> str:
+    """Return as whom we work on a node: user@host."""
+    import getpass
+
+    config = next((one for one in site.config.cluster.nodes if one.name == node), None)
+    user = (config and config.user) or getpass.getuser()
+    return f"{user}@{(config and config.host) or node}"
+
+
+def lease_until(site: Site, now: datetime) -> datetime:
+    """Return until when a job may live without hearing from us again."""
+    return now + timedelta(hours=site.config.cluster.lease_h)
+
+
+def poll_interval(site: Site, request: Request, now: datetime) -> timedelta:
+    """Return when to look at a running job again: soon after its start, at the configured pace later."""
+    elapsed = max((now - request.since).total_seconds(), 0.0)
+    return timedelta(seconds=min(site.config.cluster.poll_interval_s, max(0.1, elapsed / 10)))
+
+
+def rest_after(attempts: int, now: datetime) -> datetime:
+    """Return when a step that failed for now is tried again."""
+    return now + retry_delay(attempts)

@@ -1,0 +1,247 @@
+"""The life of a request: one step per state, repeated until the request rests, ends, or is in somebody else's hands.
+
+Every step saves before its next effect and can be repeated after a crash at any point. Trouble that may pass only moves
+`not_before`; what a person must look at ends in FAILED; a programming error is treated as such trouble, never ignored.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import datetime, timedelta
+
+from stagecal.domain.records import RecipientState, Step
+from stagecal.domain.requests import WITHDRAWABLE, Outcome, Request, State, maker_of, retry_delay
+from stagecal.ports import FatalError, JobState, StaleRequestError, TransientError
+from stagecal.services.context import STAGED_DATA_LOCK, Site
+from stagecal.services.dispatching import fail, handle_of, step_accepted, step_dispatching, step_staging
+from stagecal.services.judging import step_received
+from stagecal.services.notifying import delivered_mail, refusal_mail, step_failed, step_refused, step_staged
+
+log = logging.getLogger(__name__)
+
+_CAN_FAIL = frozenset({State.RECEIVED, State.ACCEPTED, State.DISPATCHING, State.STAGING, State.STAGED, State.REFUSED})
+# A poll is no attempt; everything else is counted before it is tried.
+_NOT_COUNTED = frozenset({State.ACCEPTED, State.STAGING, State.HELD})
+
+
+def is_due(request: Request, now: datetime) -> bool:
+    """Return whether a step of the request can be taken now."""
+    if request.state is State.CLOSED:
+        return False
+    if request.state is State.HELD and not request.wish:
+        return False
+    return request.not_before is None or request.not_before <= now or bool(request.wish)
+
+
+def advance(site: Site, request_id: str) -> bool:
+    """Take the steps of a request that can be taken now; return whether anything moved.
+
+    Returns False at once if somebody else is at it.
+    """
+    moved = False
+    with site.locks.try_lock(f"request-{request_id}") as free:
+        if not free:
+            return False
+        while True:
+            request = site.ledger.get(request_id)
+            now = site.clock.now()
+            if not is_due(request, now):
+                return moved
+            after = _step(site, request, now)
+            if after is None or (after.state, after.work, after.holds_slot, after.wish) == (
+                request.state,
+                request.work,
+                request.holds_slot,
+                request.wish,
+            ):
+                return moved
+            moved = True
+
+
+def _step(site: Site, request: Request, now: datetime) -> Request | None:
+    """Take one step; return the request as it is then, or None if it must rest."""
+    try:
+        if request.wish:
+            return _fulfil(site, request, now)
+        if request.state not in _NOT_COUNTED:
+            request = site.ledger.commit(request, now=now, attempts=request.attempts + 1)
+        return STEPS[request.state](site, request, now)
+    except StaleRequestError:
+        return None
+    except TransientError as trouble:
+        _rest(site, request, str(trouble), now)
+        return None
+    except FatalError as error:
+        return _give_up(site, request, str(error), now)
+    except Exception as error:  # a programming error must not kill the daemon, nor pass in silence
+        log.exception("request %s: step %s", request.id, request.state)
+        return _give_up(site, request, f"unexpected {type(error).__name__}: {error}", now)
+
+
+def _rest(site: Site, request: Request, reason: str, now: datetime) -> None:
+    current = site.ledger.get(request.id)
+    attempts = max(current.attempts, request.attempts, 1)
+    if current.state in _NOT_COUNTED:
+        attempts = current.attempts + 1
+    not_before = now + retry_delay(attempts)
+    log.warning("request %s rests until %s: %s", request.id, not_before.isoformat(timespec="seconds"), reason)
+    try:
+        site.ledger.commit(
+            current,
+            now=now,
+            step=Step(f"{current.state}".lower(), seen=reason, decided=f"try again at {not_before:%Y-%m-%dT%H:%M:%SZ}"),
+            not_before=not_before,
+            attempts=attempts,
+            reason=reason,
+        )
+    except StaleRequestError:
+        log.info("request %s was moved meanwhile", request.id)
+
+
+def _give_up(site: Site, request: Request, reason: str, now: datetime) -> Request | None:
+    current = site.ledger.get(request.id)
+    if current.state in _CAN_FAIL:
+        log.error("request %s failed: %s", request.id, reason)
+        return fail(site, current, reason, now)
+    _rest(site, request, reason, now)
+    return None
+
+
+# --- what operators want -------------------------------------------------------------------------------------------
+
+
+def _fulfil(site: Site, request: Request, now: datetime) -> Request:
+    if request.wish == "withdraw" and request.state in WITHDRAWABLE:
+        return site.ledger.commit(
+            request, now=now, to=State.WITHDRAWING, wish="", step=Step("withdraw", decided="WITHDRAWING")
+        )
+    if request.wish == "retry" and request.state is State.HELD:
+        return _retry(site, request, now)
+    return site.ledger.commit(request, now=now, wish="", step=Step("operator", seen=request.wish, decided="too late"))
+
+
+def _retry(site: Site, request: Request, now: datetime) -> Request:
+    """Start a HELD request again: only its mail if its data are published, else from the beginning."""
+    published = bool(request.token) and site.staging.is_published(request.token)
+    if request.verdict is not None or published:
+        refused = request.verdict is not None
+        mail = (
+            refusal_mail(site, request, request.verdict, now) if request.verdict else delivered_mail(site, request, now)
+        )
+        known = site.ledger.mail(mail.message_id)
+        if known is not None:
+            again = [
+                replace(one, state=RecipientState.PENDING, not_before=None, attempts=0)
+                for one in known.primary
+                if one.state is not RecipientState.ACCEPTED
+            ]
+            site.ledger.update_recipients(known.id, again)
+        return site.ledger.commit(
+            request,
+            now=now,
+            to=State.REFUSED if refused else State.STAGED,
+            wish="",
+            reason="",
+            step=Step("retry", decided="send the mail again"),
+        )
+    if request.work:
+        site.nodes.clean(handle_of(request))
+    return site.ledger.commit(
+        request,
+        now=now,
+        to=State.RECEIVED,
+        wish="",
+        round=request.round + 1,
+        reason="",
+        token="",
+        recipe="",
+        node="",
+        work="",
+        nonce="",
+        lost_on=(),
+        failed_with="",
+        step=Step("retry", decided="from the beginning"),
+    )
+
+
+def step_withdrawing(site: Site, request: Request, now: datetime) -> Request:
+    """WITHDRAWING: end what was begun for the request; its slot stays taken until its job is proven dead."""
+    if request.holds_slot:
+        heir = _heir(site, request)
+        if heir is not None:
+            with site.locks.try_lock(f"request-{heir.id}") as free:
+                if not free:
+                    return site.ledger.commit(request, now=now, not_before=now + timedelta(seconds=1))
+                site.ledger.hand_over_job(request, heir, now)
+            return site.ledger.get(request.id)
+        job = handle_of(request)
+        site.nodes.cancel(job)
+        status = site.nodes.poll(job)
+        if status.state in (JobState.RUNNING, JobState.UNREACHABLE):
+            return site.ledger.commit(request, now=now, not_before=now + timedelta(seconds=1))
+        return site.ledger.commit(
+            request, now=now, holds_slot=False, step=Step("cancel", "does the job live?", status.state, "slot free")
+        )
+    if request.work:
+        site.nodes.clean(handle_of(request))
+    if request.token:
+        with site.locks.lock(STAGED_DATA_LOCK):
+            staging = site.ledger.staging(request.token)
+            site.staging.discard(request.token)
+            site.staging.withdraw(request.token)
+            if staging is not None and staging.withdrawn_at is None:
+                site.ledger.update_staging(replace(staging, withdrawn_at=now), now)
+    return _close(site, request, now, Outcome.WITHDRAWN)
+
+
+def _heir(site: Site, request: Request) -> Request | None:
+    """Return the request that waits for the products of a job that is withdrawn."""
+    waiting = [
+        other
+        for other in site.ledger.open_requests()
+        if other.id != request.id
+        and other.recipe == request.recipe
+        and other.state is State.ACCEPTED
+        and not other.wish
+    ]
+    return min(waiting, key=lambda other: other.sequence, default=None)
+
+
+def step_notified(site: Site, request: Request, now: datetime) -> Request:
+    """NOTIFIED: nobody is owed anything any more; the trigger goes last."""
+    return _close(site, request, now, request.outcome or Outcome.DELIVERED)
+
+
+def _close(site: Site, request: Request, now: datetime, outcome: Outcome) -> Request:
+    seen = "there was none"
+    if request.trigger_name:
+        gone = site.triggers.remove(request.trigger_name, request.trigger_sha256)
+        seen = "gone" if gone else "its content changed meanwhile: left in place, it counts as a new request"
+    return site.ledger.commit(
+        request,
+        now=now,
+        to=State.CLOSED,
+        outcome=outcome,
+        wish="",
+        step=Step("close", "is the trigger gone?", seen, outcome),
+    )
+
+
+STEPS: dict[State, Callable[[Site, Request, datetime], Request]] = {
+    State.RECEIVED: step_received,
+    State.ACCEPTED: step_accepted,
+    State.DISPATCHING: step_dispatching,
+    State.STAGING: step_staging,
+    State.STAGED: step_staged,
+    State.REFUSED: step_refused,
+    State.FAILED: step_failed,
+    State.NOTIFIED: step_notified,
+    State.WITHDRAWING: step_withdrawing,
+}
+
+
+def waits_for_maker(site: Site, request: Request) -> Request | None:
+    """Return who makes the products that this request waits for."""
+    return maker_of(request, site.ledger.open_requests()) if request.state is State.ACCEPTED else None

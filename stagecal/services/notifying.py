@@ -1,0 +1,436 @@
+"""Mails: rendered once, kept in the outbox as bytes, sent until each recipient is accepted or refused for good.
+
+A mail with a link leaves only after the request was judged on that very day. Trouble with a copy never keeps the
+user's mail back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import datetime, timedelta
+
+from stagecal.domain.identifiers import sanitized
+from stagecal.domain.mails import Mail, compose, message_id, quoted
+from stagecal.domain.records import MailKind, NewMail, OutboxMail, Recipient, RecipientState, Step
+from stagecal.domain.requests import Origin, Outcome, Request, State, retry_delay
+from stagecal.domain.trigger import subject as request_subject
+from stagecal.domain.verdicts import Verdict, advice
+from stagecal.ports import JobState, MailReply, TransientError
+from stagecal.services.context import Site
+from stagecal.services.dispatching import handle_of
+from stagecal.services.judging import judge_request
+from stagecal.services.publishing import page_values
+
+LIFETIME = timedelta(days=5)
+"""How long a mail is tried (RFC 5321 §4.5.4.1: at least four to five days)."""
+
+
+# --- what the mails say --------------------------------------------------------------------------------------------
+
+
+def request_message_id(site_domain: str, trigger_name: str) -> str:
+    """Return the Message-ID of the request mail that belongs to a trigger of this name."""
+    return message_id(MailKind.REQUEST, trigger_name, site_domain)
+
+
+def _new_mail(
+    site: Site,
+    kind: MailKind,
+    identity: str,
+    *,
+    subject: str,
+    body: str,
+    to: Sequence[str],
+    now: datetime,
+    cc: Sequence[str] = (),
+    bcc: Sequence[str] = (),
+    reply_to: str = "",
+    in_reply_to: str = "",
+    is_reply: bool = False,
+) -> NewMail:
+    settings = site.config.mail
+    mail = Mail(
+        kind=kind,
+        subject=subject,
+        sender=settings.sender,
+        to=tuple(to),
+        cc=tuple(cc),
+        bcc=tuple(bcc),
+        reply_to=reply_to,
+        in_reply_to=in_reply_to,
+        auto_submitted="auto-replied" if is_reply else "auto-generated",
+        message_id=message_id(kind, identity, settings.message_id_domain),
+        body=body,
+    )
+    first = {address.casefold() for address in to}
+    return NewMail(
+        kind=kind,
+        message_id=mail.message_id,
+        sender=settings.envelope_sender or settings.sender,
+        primary=tuple(to),
+        copies=tuple(address for address in mail.recipients if address.casefold() not in first),
+        message=compose(mail, now),
+    )
+
+
+def _identity(request: Request) -> str:
+    return f"{request.id}/{request.round}"
+
+
+def _threading(site: Site, request: Request) -> str:
+    return request_message_id(site.config.mail.message_id_domain, request.trigger_name) if request.trigger_name else ""
+
+
+def delivered_mail(site: Site, request: Request, now: datetime) -> NewMail:
+    """Return the mail with the link: to the user, to everybody else in the envelope only."""
+    settings = site.config.mail
+    files, absent = site.ledger.staged_files(request.token)
+    until = now + timedelta(days=site.config.staging.retention_days)
+    body = site.templates.render(
+        "mails/delivered.txt",
+        **page_values(site, request, files, absent, until),
+        signature=settings.signature,
+    )
+    return _new_mail(
+        site,
+        MailKind.DELIVERED,
+        _identity(request),
+        subject=f"Re: {request_subject(request.mous)}, helpdesk ticket {request.ticket}",
+        body=body,
+        to=[request.email],
+        bcc=[request.contact, settings.aog, settings.maintainer],
+        reply_to=settings.reply_to or "",
+        now=now,
+    )
+
+
+def refusal_mail(site: Site, request: Request, verdict: Verdict, now: datetime) -> NewMail:
+    """Return the reply that refuses: the verdict above the quoted request."""
+    settings = site.config.mail
+    body = site.templates.render(
+        "mails/refusal.txt",
+        verdict=verdict.value,
+        advice=advice(verdict),
+        detail=request.reason if verdict is Verdict.NOT_A_CALIBRATOR_FIELD else "",
+        quoted=quoted(request.trigger_text),
+    )
+    return _new_mail(
+        site,
+        MailKind.REFUSAL,
+        _identity(request),
+        subject=f"Re: {request_subject(request.mous)}",
+        body=body,
+        to=[request.contact],
+        cc=[settings.aog, settings.maintainer],
+        in_reply_to=_threading(site, request),
+        is_reply=True,
+        now=now,
+    )
+
+
+def failed_mail(site: Site, request: Request, now: datetime) -> NewMail:
+    """Return the mail to the maintainer: the command line and the whole terminal output."""
+    body = site.templates.render(
+        "mails/failed.txt",
+        id=request.id,
+        mous=sanitized(request.mous),
+        reason=request.reason,
+        command_line=request.command_line,
+        terminal="\n".join(line for _, line in site.ledger.terminal(request.id)),
+        output=_job_output(site, request),
+        node=request.node,
+    )
+    return _new_mail(
+        site,
+        MailKind.FAILED,
+        _identity(request),
+        subject=f"FAILED: calibrated data of MOUS {sanitized(request.mous)}, helpdesk ticket {request.ticket}",
+        body=body,
+        to=[site.config.mail.maintainer],
+        now=now,
+    )
+
+
+def _job_output(site: Site, request: Request) -> str:
+    if not request.work:
+        return ""
+    try:
+        return site.nodes.output(handle_of(request))
+    except TransientError as trouble:
+        return f"(the job's output cannot be read now: {trouble})"
+
+
+def undeliverable_mail(site: Site, request: Request, mail: OutboxMail, now: datetime) -> NewMail:
+    """Return the mail that tells the contact that the user's address is refused."""
+    refused = next((one for one in mail.primary if one.state is not RecipientState.ACCEPTED), mail.primary[0])
+    body = site.templates.render(
+        "mails/undeliverable.txt",
+        id=request.id,
+        email=request.email,
+        reply=refused.text,
+        quoted=quoted(request.trigger_text),
+    )
+    settings = site.config.mail
+    return _new_mail(
+        site,
+        MailKind.UNDELIVERABLE,
+        _identity(request),
+        subject=f"Re: {request_subject(request.mous)}",
+        body=body,
+        to=[request.contact],
+        cc=[settings.aog, settings.maintainer],
+        in_reply_to=_threading(site, request),
+        is_reply=True,
+        now=now,
+    )
+
+
+def malformed_mail(site: Site, name: str, digest: str, reason: str, text: str, contact: str, now: datetime) -> NewMail:
+    """Return the mail about a trigger that can never become a request: to AOG, and to the contact if he is known."""
+    body = site.templates.render("mails/malformed.txt", name=name, reason=reason, quoted=quoted(text))
+    settings = site.config.mail
+    shown = "".join(character if character.isprintable() else "?" for character in name)[:120]
+    return _new_mail(
+        site,
+        MailKind.MALFORMED,
+        f"{name}/{digest}",
+        subject=f"MALFORMED REQUEST: {shown}",
+        body=body,
+        to=[settings.aog],
+        cc=[contact] if contact else [],
+        bcc=[settings.maintainer],
+        in_reply_to=request_message_id(settings.message_id_domain, name),
+        is_reply=True,
+        now=now,
+    )
+
+
+def alarm_mail(site: Site, what: str, text: str, now: datetime) -> NewMail:
+    """Return an alarm for the operators, at most one of a kind per day."""
+    return _new_mail(
+        site,
+        MailKind.ALARM,
+        f"{what}/{now:%Y-%m-%d}",
+        subject=f"stagecal: {what}",
+        body=site.templates.render("mails/alarm.txt", what=what, text=text),
+        to=[site.config.mail.maintainer],
+        cc=[site.config.mail.aog],
+        now=now,
+    )
+
+
+# --- sending -------------------------------------------------------------------------------------------------------
+
+
+def deliver(site: Site, mail: OutboxMail, now: datetime) -> OutboxMail:
+    """Try the recipients that are due; return the mail as the outbox has it then."""
+    with site.locks.try_lock(f"mail-{mail.id}") as free:
+        if not free:
+            return mail
+        current = site.ledger.mail(mail.message_id) or mail
+        due = current.pending(now)
+        if not due:
+            return current
+        counted = [
+            replace(one, attempts=one.attempts + 1, not_before=now + retry_delay(one.attempts + 1)) for one in due
+        ]
+        # Counted before the attempt, so that a mail which kills us is not tried at once again.
+        site.ledger.update_recipients(mail.id, counted)
+        results = site.mailer.send(mail.sender, [one.address for one in due], mail.message)
+        outcome = []
+        for one in counted:
+            result = results[one.address]
+            if result.reply is MailReply.ACCEPTED:
+                outcome.append(replace(one, state=RecipientState.ACCEPTED, not_before=None, text=result.text))
+            elif result.reply is MailReply.REFUSED:
+                outcome.append(replace(one, state=RecipientState.REFUSED, not_before=None, text=result.text))
+            elif now - mail.created_at > LIFETIME:
+                text = f"given up after {LIFETIME.days} days: {result.text}"
+                outcome.append(replace(one, state=RecipientState.DROPPED, not_before=None, text=text))
+            else:
+                outcome.append(replace(one, text=result.text))
+        site.ledger.update_recipients(mail.id, outcome)
+        seen = "; ".join(f"{one.address} {_word(one)}" for one in outcome)
+        site.ledger.note(mail.request, Step(f"mail {mail.kind}", "is it accepted?", seen, mail.message_id), now)
+        return site.ledger.mail(mail.message_id) or mail
+
+
+def _word(recipient: Recipient) -> str:
+    if recipient.state is RecipientState.PENDING:
+        return f"not yet ({recipient.text})"
+    return f"{recipient.state}" + (f" ({recipient.text})" if recipient.state is not RecipientState.ACCEPTED else "")
+
+
+def deliver_due(site: Site, now: datetime) -> datetime | None:
+    """Send what is due of mails that no request waits for; return when the next such mail is due."""
+    upcoming = []
+    for mail in site.ledger.unsent_mails():
+        request = site.ledger.get(mail.request) if mail.request else None
+        waits = request is not None and request.state in (State.STAGED, State.REFUSED, State.FAILED)
+        if waits and not mail.accepted:
+            continue
+        if mail.kind is MailKind.DELIVERED and request is not None and mail.pending(now):
+            _judge_copies(site, request, mail, now)
+        sent = deliver(site, site.ledger.mail(mail.message_id) or mail, now)
+        if any(one.state is RecipientState.PENDING for one in sent.recipients):
+            upcoming.append(sent.next_attempt or now)
+    return min(upcoming, default=None)
+
+
+def _judge_copies(site: Site, request: Request, mail: OutboxMail, now: datetime) -> None:
+    """Before copies with the link leave on a later day, ask again; drop them if the answer is no."""
+    if request.judged_on == now.date():
+        return
+    judgement = judge_request(site, request, now)
+    if judgement.verdict is None:
+        site.ledger.commit(request, now=now, step=judgement.step, judged_on=now.date())
+        return
+    dropped = [
+        replace(one, state=RecipientState.DROPPED, text=f"not sent: {judgement.verdict}")
+        for one in mail.recipients
+        if one.state is RecipientState.PENDING
+    ]
+    site.ledger.update_recipients(mail.id, dropped)
+
+
+def _enqueued(site: Site, request: Request, mail: NewMail, now: datetime) -> OutboxMail:
+    site.ledger.enqueue(request.id, [mail], now)
+    found = site.ledger.mail(mail.message_id)
+    assert found is not None, "a mail that was enqueued is in the outbox"  # noqa: S101 - for the type checker
+    return found
+
+
+# --- the states that owe a mail ------------------------------------------------------------------------------------
+
+
+def step_staged(site: Site, request: Request, now: datetime) -> Request:
+    """STAGED: the data are there; the user gets the link, if he may still have it today."""
+    if request.work:
+        return _cleaned(site, request, now)
+    if not site.staging.is_published(request.token):
+        return site.ledger.commit(
+            request,
+            now=now,
+            to=State.FAILED,
+            step=Step("notify", "is the directory there?", "no", "FAILED"),
+            reason="the published directory is gone",
+        )
+    if request.origin is Origin.OPERATOR:
+        return _notified(site, request, now)
+    if request.judged_on != now.date():
+        judgement = judge_request(site, request, now)
+        if judgement.verdict is not None:
+            return site.ledger.commit(
+                request, now=now, to=State.REFUSED, step=judgement.step, verdict=judgement.verdict, judged_on=now.date()
+            )
+        request = site.ledger.commit(request, now=now, step=judgement.step, judged_on=now.date())
+    mail = deliver(site, _enqueued(site, request, delivered_mail(site, request, now), now), now)
+    if mail.accepted:
+        return _notified(site, request, now)
+    if mail.refused:
+        return site.ledger.commit(
+            request,
+            now=now,
+            to=State.HELD,
+            step=Step("notify", "does the user's address accept it?", "refused for good", "HELD"),
+            reason=f"the address {request.email} is refused: {mail.primary[0].text}",
+            mails=[undeliverable_mail(site, request, mail, now)],
+        )
+    return site.ledger.commit(request, now=now, not_before=mail.next_attempt, reason=mail.primary[0].text)
+
+
+def _cleaned(site: Site, request: Request, now: datetime) -> Request:
+    """Remove the job directory of a staging that ended well; one that cannot be removed must not keep the mail."""
+    try:
+        site.nodes.clean(handle_of(request))
+        seen = "removed"
+    except TransientError as trouble:
+        seen = f"left behind: {trouble}"
+    return site.ledger.commit(request, now=now, step=Step("clean", f"{request.work}", seen), work="")
+
+
+def _notified(site: Site, request: Request, now: datetime) -> Request:
+    staging = site.ledger.staging(request.token)
+    return site.ledger.commit(
+        request,
+        now=now,
+        to=State.NOTIFIED,
+        step=Step("notify", "is the mail accepted?", "yes" if request.email else "nobody to tell", "delivered"),
+        outcome=Outcome.DELIVERED,
+        reason="",
+        staging=replace(staging, notified_at=now) if staging else None,
+    )
+
+
+def step_refused(site: Site, request: Request, now: datetime) -> Request:
+    """REFUSED: nothing stays published; the contact gets the reply."""
+    request = _job_given_up(site, request, now)
+    if request.holds_slot:
+        return request
+    staging = site.ledger.staging(request.token) if request.token else None
+    if staging is not None and staging.withdrawn_at is None:
+        site.staging.withdraw(request.token)
+        site.ledger.update_staging(replace(staging, withdrawn_at=now), now)
+    verdict = request.verdict or Verdict.INVALID_MOUS_UID
+    if request.origin is Origin.OPERATOR:
+        return _refusal_told(site, request, now)
+    mail = deliver(site, _enqueued(site, request, refusal_mail(site, request, verdict, now), now), now)
+    if mail.accepted:
+        return _refusal_told(site, request, now)
+    if mail.refused:
+        return site.ledger.commit(
+            request,
+            now=now,
+            to=State.HELD,
+            step=Step("notify", "does the contact's address accept it?", "refused for good", "HELD"),
+            reason=f"the address {request.contact} is refused: {mail.primary[0].text}",
+            mails=[alarm_mail(site, "a refusal cannot be delivered", f"request {request.id}", now)],
+        )
+    return site.ledger.commit(request, now=now, not_before=mail.next_attempt, reason=mail.primary[0].text)
+
+
+def _refusal_told(site: Site, request: Request, now: datetime) -> Request:
+    return site.ledger.commit(
+        request,
+        now=now,
+        to=State.NOTIFIED,
+        step=Step("notify", "is the reply accepted?", "yes", "refused"),
+        outcome=Outcome.REFUSED,
+    )
+
+
+def step_failed(site: Site, request: Request, now: datetime) -> Request:
+    """FAILED: the maintainer gets one mail with everything; then a person looks."""
+    if request.holds_slot:
+        return release_slot(site, request, now)
+    if request.failed_with:
+        return site.ledger.commit(
+            request, now=now, to=State.HELD, step=Step("notify", seen=f"told for {request.failed_with}", decided="HELD")
+        )
+    mail = deliver(site, _enqueued(site, request, failed_mail(site, request, now), now), now)
+    if mail.accepted or mail.refused:
+        seen = "yes" if mail.accepted else f"refused for good: {mail.primary[0].text}"
+        return site.ledger.commit(
+            request, now=now, to=State.HELD, step=Step("notify", "is the maintainer told?", seen, "HELD")
+        )
+    return site.ledger.commit(request, now=now, not_before=mail.next_attempt)
+
+
+def _job_given_up(site: Site, request: Request, now: datetime) -> Request:
+    """Remove what the job of a refused request left."""
+    if request.holds_slot:
+        return release_slot(site, request, now)
+    return _cleaned(site, request, now) if request.work else request
+
+
+def release_slot(site: Site, request: Request, now: datetime) -> Request:
+    """End the job and give its slot back once it is proven dead."""
+    job = handle_of(request)
+    site.nodes.cancel(job)
+    status = site.nodes.poll(job)
+    if status.state in (JobState.RUNNING, JobState.UNREACHABLE):
+        return site.ledger.commit(request, now=now, not_before=now + timedelta(seconds=1))
+    return site.ledger.commit(
+        request, now=now, step=Step("cancel", "does the job live?", status.state, "slot free"), holds_slot=False
+    )

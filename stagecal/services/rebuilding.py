@@ -1,0 +1,188 @@
+"""Makes a lost ledger anew from what stands elsewhere: sidecars, published receipts, job directories, triggers.
+
+Every one of them carries the request's id. Nothing is started, mailed or deleted by it; the daemon goes on afterwards.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from stagecal.domain.records import ProductFile
+from stagecal.domain.requests import Origin, Outcome, Request, State
+from stagecal.domain.retention import Staging
+from stagecal.ports import JobHandle, JobState
+from stagecal.services.context import Site
+from stagecal.services.receiving import Receiver
+
+_WORK = re.compile(r"WORK[0-9]+")
+
+
+@dataclass
+class Rebuilt:
+    """What was found again, and what a person should look at."""
+
+    requests: list[str] = field(default_factory=list)
+    stagings: list[str] = field(default_factory=list)
+    jobs: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+
+
+def rebuild(site: Site, ledger: Any, work_area: Path, now: datetime) -> Rebuilt:
+    """Restore every record that can be restored; records that are there stay as they are.
+
+    `ledger` is the site's ledger, which offers `sidecars`, `restore` and `adopt_job` for this purpose alone.
+    """
+    result = Rebuilt()
+    for staging, request in ledger.sidecars():
+        if staging.purged_at is None:
+            _restore_staging(site, ledger, staging, request, result)
+    for token in site.staging.tokens():
+        if site.ledger.staging(token) is None:
+            _restore_from_receipt(site, ledger, token, now, result)
+    _restore_triggers(site, ledger, now, result)
+    _restore_jobs(site, ledger, work_area, now, result)
+    return result
+
+
+def _files_of(site: Site, token: str) -> tuple[dict[str, Any], list[ProductFile]] | None:
+    try:
+        receipt = json.loads(site.staging.read(token, "receipt.json"))
+        present = site.staging.files(token)
+        files = [
+            ProductFile(
+                name=entry["name"],
+                execution_block=entry["execution_block"] or "",
+                size=entry["size"],
+                sha256=entry["sha256"],
+                device=present[entry["name"]][0],
+                inode=present[entry["name"]][1],
+                modified_ns=present[entry["name"]][3],
+            )
+            for entry in receipt["files"]
+            if entry["name"] in present and present[entry["name"]][2] == entry["size"]
+        ]
+    except (FileNotFoundError, ValueError, KeyError):
+        return None
+    if len(files) != len(receipt["files"]):
+        return None
+    return receipt, files
+
+
+def _restore_staging(site: Site, ledger: Any, staging: Staging, request: Request | None, result: Rebuilt) -> None:
+    found = _files_of(site, staging.token) if site.staging.is_published(staging.token) else None
+    files, absent = (found[1], found[0]["execution_blocks_without_calfields"]) if found else ([], [])
+    if found is None and staging.withdrawn_at is None:
+        result.remarks.append(f"{staging.token[:6]}…: recorded, but not (completely) published")
+    # Without its files on record a directory can expire, but nothing is ever linked from it.
+    ledger.restore(request, staging if files or staging.withdrawn_at else replace(staging, recipe=""), files, absent)
+    result.stagings.append(staging.token)
+    if request is not None:
+        result.requests.append(request.id)
+
+
+def _restore_from_receipt(site: Site, ledger: Any, token: str, now: datetime, result: Rebuilt) -> None:
+    found = _files_of(site, token)
+    if found is None:
+        result.remarks.append(f"{token[:6]}…: no directory of ours, or incomplete: left alone")
+        return
+    receipt, files = found
+    published = datetime.fromisoformat(receipt["published"])
+    until = datetime.fromisoformat(receipt["available_at_least_until"])
+    # When the mail was accepted is not in the receipt: count from now, so that nobody loses a day.
+    staging = Staging(
+        token=token,
+        request=receipt["request"],
+        recipe=receipt["recipe"],
+        published_at=published,
+        notified_at=now,
+        retention_days=max(1, (until - published) // timedelta(days=1)),
+    )
+    request = Request(
+        id=receipt["request"],
+        sequence=0,
+        origin=Origin.OPERATOR,
+        mous=receipt["mous"],
+        project=receipt["project"],
+        ticket=receipt["helpdesk_ticket"],
+        user="",
+        email="",
+        calfields=tuple(receipt["calfields"]),
+        contact="",
+        trigger_name="",
+        trigger_text="",
+        trigger_sha256="",
+        received_at=published,
+        state=State.CLOSED,
+        since=now,
+        outcome=Outcome.DELIVERED,
+        execution_blocks=tuple(receipt["execution_blocks"]),
+        calibration=receipt["calibration"],
+        recipe=receipt["recipe"],
+        token=token,
+    )
+    waiting = _trigger_of(site, receipt["request"], now)
+    if waiting is not None:
+        # Its trigger still stands: the mail may not have gone. It has one Message-ID, however often it goes.
+        request = replace(
+            waiting,
+            state=State.STAGED,
+            since=now,
+            execution_blocks=request.execution_blocks,
+            calibration=request.calibration,
+            recipe=request.recipe,
+            token=token,
+        )
+        staging = replace(staging, notified_at=None)
+    ledger.restore(request, staging, files, receipt["execution_blocks_without_calfields"])
+    result.stagings.append(token)
+    result.requests.append(request.id)
+
+
+def _trigger_of(site: Site, request_id: str, now: datetime) -> Request | None:
+    return next((one for one in Receiver(site).requests_waiting(now) if one.id == request_id), None)
+
+
+def _restore_triggers(site: Site, ledger: Any, now: datetime, result: Rebuilt) -> None:
+    for request in Receiver(site).requests_waiting(now):
+        if not site.ledger.find(request.id):
+            ledger.restore(request, None, (), ())
+            result.requests.append(request.id)
+
+
+def _restore_jobs(site: Site, ledger: Any, work_area: Path, now: datetime, result: Rebuilt) -> None:
+    """Give open requests their running jobs back, so that none is started twice."""
+    for directory in sorted(work_area.glob("WORK*")):
+        if not _WORK.fullmatch(directory.name):
+            continue
+        try:
+            job = json.loads((directory / "request.json").read_text(encoding="utf-8"))
+            handle = JobHandle(job["node"], directory.name, job["nonce"])
+            known = site.ledger.find(job["request"])
+        except (OSError, ValueError, KeyError):
+            result.remarks.append(f"{directory}: no job directory of ours, or incomplete: left alone")
+            continue
+        status = site.nodes.poll(handle)
+        if not known or known[0].state is not State.RECEIVED:
+            result.remarks.append(f"{directory}: its request is not open ({status.state}): look and remove it")
+            continue
+        if status.state in (JobState.RUNNING, JobState.UNREACHABLE, JobState.EXITED):
+            ledger.adopt_job(
+                known[0],
+                State.STAGING,
+                now,
+                execution_blocks=tuple(job["execution_blocks"]),
+                calibration=job["calibration"],
+                recipe=job["recipe"],
+                token=job["token"],
+                node=handle.node,
+                work=handle.work,
+                nonce=handle.nonce,
+                holds_slot=True,
+                judged_on=None,
+            )
+            result.jobs.append(directory.name)

@@ -1,0 +1,142 @@
+"""One round of work over everything that is open, and what is left to wait for.
+
+The daemon, `stagecalms` and the tests all work in such rounds. A round looks at the trigger directory, takes every
+step that can be taken, and sends the mails that nobody waits for. Long steps run beside each other in threads.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from functools import partial
+
+from stagecal.domain.requests import Request, State
+from stagecal.ports import TransientError
+from stagecal.services.context import Site
+from stagecal.services.life import advance, is_due
+from stagecal.services.notifying import alarm_mail, deliver_due
+from stagecal.services.receiving import Receiver
+
+log = logging.getLogger(__name__)
+
+IDLE_TICK = timedelta(seconds=1)
+SOON = timedelta(seconds=60)
+_MAILS = "mails"
+
+
+@dataclass(frozen=True)
+class RoundResult:
+    """What a round did: whether anything moved, and when the next one is needed at the latest (None: on an event)."""
+
+    moved: bool
+    next_at: datetime | None
+
+
+@dataclass
+class Rounds:
+    """The worker of a process. Without an executor every step is taken in the caller's thread.
+
+    `wake` is called when a step that ran in a thread has moved something.
+    """
+
+    site: Site
+    receiver: Receiver | None = None
+    executor: Executor | None = None
+    wake: Callable[[], None] = lambda: None
+    in_flight: dict[str, Future[bool]] = field(default_factory=dict)
+    next_mail_at: datetime | None = None
+
+    def run(self) -> RoundResult:
+        """Do one round."""
+        now = self.site.clock.now()
+        moved, next_at = self._look(now)
+        for request in self.site.ledger.open_requests():
+            if is_due(request, now):
+                moved |= self._do(request.id, partial(advance, self.site, request.id))
+        # A mail server may keep us waiting for minutes: nobody else waits with us.
+        moved |= self._do(_MAILS, self._send)
+        self.in_flight = {key: future for key, future in self.in_flight.items() if not future.done()}
+        times = [next_at, self.next_mail_at]
+        waiting = self.site.ledger.open_requests()
+        times += [request.not_before for request in waiting if request.not_before and not _rests(request)]
+        if any(self._waits_its_turn(request) for request in waiting):
+            times.append(now + IDLE_TICK)
+        return RoundResult(moved, min((time for time in times if time is not None), default=None))
+
+    def _look(self, now: datetime) -> tuple[bool, datetime | None]:
+        if self.receiver is None:
+            return False, None
+        try:
+            new, again = self.receiver.look(now)
+        except TransientError as trouble:
+            log.error("the trigger directory cannot be looked at: %s", trouble)
+            self.site.ledger.enqueue(
+                "", [alarm_mail(self.site, "the trigger directory cannot be read", str(trouble), now)], now
+            )
+            return False, now + timedelta(seconds=self.site.config.triggers.scan_interval_s)
+        if self.receiver.watched_for():
+            again = min(filter(None, (again, now + IDLE_TICK)))
+        return bool(new), again
+
+    def _do(self, name: str, work: Callable[[], bool]) -> bool:
+        """Do some work here, or in a thread unless the same is being done already; return whether it moved."""
+        if self.executor is None:
+            return work()
+        running = self.in_flight.get(name)
+        if running is None or running.done():
+            self.in_flight[name] = self.executor.submit(work)
+            self.in_flight[name].add_done_callback(self._done)
+        return False
+
+    def _done(self, future: Future[bool]) -> None:
+        error = future.exception()
+        if error is not None:
+            log.error("a step ended by %s: %s", type(error).__name__, error)
+        if error is None and future.result():
+            self.wake()
+
+    def _send(self) -> bool:
+        now = self.site.clock.now()
+        try:
+            self.next_mail_at = deliver_due(self.site, now)
+        except TransientError as trouble:
+            log.warning("mails have to wait: %s", trouble)
+            self.next_mail_at = now + timedelta(minutes=1)
+        return False
+
+    def _waits_its_turn(self, request: Request) -> bool:
+        """Return whether the request waits for something that has no time of its own (its turn, its maker)."""
+        return request.not_before is None and not _rests(request) and request.id not in self.in_flight
+
+    def _busy(self) -> bool:
+        return any(not future.done() for future in self.in_flight.values())
+
+    def is_idle(self) -> bool:
+        """Return whether no request can move any more by itself, HELD ones aside."""
+        return (
+            not self._busy()
+            and all(_rests(request) for request in self.site.ledger.open_requests())
+            and not (self.receiver is not None and self.receiver.unfinished)
+            and not self.site.ledger.unsent_mails()
+        )
+
+    def waits_long(self, now: datetime) -> bool:
+        """Return whether everything that is still open waits for a time more than a minute away."""
+        if self._busy():
+            return False
+        times = [request.not_before for request in self.site.ledger.open_requests() if not _rests(request)]
+        times += [mail.next_attempt for mail in self.site.ledger.unsent_mails()]
+        if self.receiver is not None and self.receiver.unfinished:
+            times += [min(self.receiver.unfinished.values()) + self._incomplete_after]
+        return bool(times) and all(time is not None and time - now > SOON for time in times)
+
+    @property
+    def _incomplete_after(self) -> timedelta:
+        return timedelta(seconds=self.site.config.triggers.incomplete_after_s)
+
+
+def _rests(request: Request) -> bool:
+    return request.state is State.CLOSED or (request.state is State.HELD and not request.wish)

@@ -1,0 +1,124 @@
+"""Deletes staged data whose time is over: first the whole plan, then each directory by itself.
+
+A directory is first moved out of the web server's reach by a rename, looked at once more, and then removed by its
+handle. In doubt (clock, root, too many at once) nothing is deleted and somebody is told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+
+from stagecal.domain.retention import Staging, SweepPlan, plan_sweep
+from stagecal.ports import FatalError, TransientError
+from stagecal.services.context import STAGED_DATA_LOCK, Site
+
+_ROOT = "staging-root"
+
+
+@dataclass
+class SweepResult:
+    """What a sweep did: tokens deleted, bytes freed (per inode), tokens put back, and troubles by token."""
+
+    deleted: list[str] = field(default_factory=list)
+    freed: int = 0
+    kept: list[str] = field(default_factory=list)
+    troubles: dict[str, str] = field(default_factory=dict)
+
+
+def know_root(site: Site) -> None:
+    """Remember the staging root at its first use. Raises FatalError if it is not the one that is known."""
+    identity = site.staging.identity()
+    known = site.ledger.setting(_ROOT)
+    if not known:
+        site.ledger.set_setting(_ROOT, identity)
+    elif known != identity:
+        raise FatalError(
+            f"{site.config.staging.root} is not the staging root that this service knows: is the right disk mounted?"
+        )
+
+
+def plan(site: Site, now: datetime) -> SweepPlan:
+    """Return what a sweep would do now."""
+    stagings = site.ledger.stagings()
+    present = list(site.staging.tokens())
+    owed = {request.token for request in site.ledger.open_requests() if request.token}
+    try:
+        root_is_known = site.staging.identity() == site.ledger.setting(_ROOT)
+    except (TransientError, FatalError):
+        root_is_known = False
+    return plan_sweep(
+        stagings,
+        present=present,
+        kept=[token for token in present if site.staging.is_kept(token)],
+        owed=owed,
+        now=now,
+        newest_known=site.ledger.newest_time(),
+        root_is_known=root_is_known,
+    )
+
+
+def sweep(
+    site: Site, sweep_plan: SweepPlan, now: datetime, told: Callable[[str], None] = lambda line: None
+) -> SweepResult:
+    """Carry a plan out; also finish what an interrupted sweep or withdrawal left out of reach.
+
+    A directory that makes trouble does not stop the others.
+    """
+    result = SweepResult()
+    for staging in sweep_plan.delete:
+        try:
+            with site.locks.lock(STAGED_DATA_LOCK):
+                if not _still_expired(site, staging, now):
+                    result.kept.append(staging.token)
+                    continue
+                site.ledger.update_staging(replace(staging, withdrawn_at=now), now)
+                site.staging.withdraw(staging.token)
+        except (TransientError, FatalError) as trouble:
+            result.troubles[staging.token] = str(trouble)
+    for staging in site.ledger.stagings():
+        if staging.withdrawn_at is not None:
+            _purge(site, staging, now, result)
+    for token in result.deleted:
+        told(token)
+    return result
+
+
+def _still_expired(site: Site, planned: Staging, now: datetime) -> bool:
+    """Look again under the lock: somebody may have extended it, kept it, or owe it again."""
+    current = site.ledger.staging(planned.token)
+    owed = {request.token for request in site.ledger.open_requests()}
+    return (
+        current is not None
+        and current.withdrawn_at is None
+        and current.expires <= now
+        and current.token not in owed
+        and not site.staging.is_kept(current.token)
+    )
+
+
+def _purge(site: Site, staging: Staging, now: datetime, result: SweepResult) -> None:
+    try:
+        site.staging.withdraw(staging.token)
+        freed = site.staging.purge(staging.token)
+        if freed < 0:
+            site.ledger.update_staging(replace(staging, withdrawn_at=None), now)
+            result.kept.append(staging.token)
+            return
+        site.ledger.update_staging(replace(staging, purged_at=now), now)
+        result.deleted.append(staging.token)
+        result.freed += freed
+    except (TransientError, FatalError) as trouble:
+        result.troubles[staging.token] = str(trouble)
+
+
+def extend(site: Site, token: str, days: int, now: datetime) -> Staging:
+    """Keep a published directory so many days longer. Raises FatalError if it is not there any more."""
+    with site.locks.lock(STAGED_DATA_LOCK):
+        staging = site.ledger.staging(token)
+        if staging is None or staging.withdrawn_at is not None:
+            raise FatalError("this directory is not published (any more): the data must be requested again")
+        longer = replace(staging, extension_days=staging.extension_days + days)
+        site.ledger.update_staging(longer, now)
+        return longer

@@ -1,0 +1,184 @@
+"""The one place where adapters, services and configuration are put together. Each function imports what it needs."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from stagecal.config import Config
+from stagecal.ports import Archive, Clock, Mailer, Nodes, Templates, UsageError
+from stagecal.resources import resource
+
+_T = TypeVar("_T")
+
+if TYPE_CHECKING:
+    from stagecal.adapters.ledger import SqliteLedger
+    from stagecal.services.context import Site
+    from stagecal.services.requesting import Desk
+
+
+def clock() -> Clock:
+    """Return the machine's clock."""
+    from stagecal.adapters.clock import SystemClock
+
+    return SystemClock()
+
+
+def archive(config: Config) -> Archive:
+    """Return the archive by the `[archive]` section."""
+    from stagecal.adapters.archive_queries import load_queries
+
+    settings = config.archive
+    queries = load_queries(resource("etc", "queries"), settings.queries)
+    if settings.backend == "sqlite":
+        from stagecal.adapters.archive_sqlite import SqliteArchive
+
+        return SqliteArchive(_required(settings.path, "[archive] path"), queries, settings.timeout_s)
+    from stagecal.adapters.archive_oracle import OracleArchive, OracleSettings
+
+    return OracleArchive(
+        OracleSettings(
+            dsn=_required(settings.dsn, "[archive] dsn"),
+            user=_required(settings.user, "[archive] user"),
+            password_file=_required(settings.password_file, "[archive] password_file"),
+            password_group=settings.password_group,
+            thick=settings.thick,
+            timeout_s=settings.timeout_s,
+        ),
+        queries,
+    )
+
+
+def _required(value: _T | None, name: str) -> _T:
+    if value is None:
+        raise UsageError(f"{name} is missing")
+    return value
+
+
+def mailer(config: Config) -> Mailer:
+    """Return the mail transport by the `[mail]` section."""
+    settings = config.mail
+    if settings.transport == "maildir":
+        from stagecal.adapters.mail_maildir import MaildirMailer
+
+        return MaildirMailer(_required(settings.maildir, "[mail] maildir"))
+    from stagecal.adapters.mail_smtp import SmtpMailer
+
+    return SmtpMailer(
+        settings.host,
+        settings.port,
+        starttls=settings.starttls,
+        user=settings.user,
+        password_file=settings.password_file,
+        password_group=settings.password_group,
+        timeout_s=settings.timeout_s,
+        local_hostname=settings.message_id_domain,
+    )
+
+
+def desk(config: Config) -> Desk:
+    """Return what is needed to place requests; quick, because people wait for it."""
+    from stagecal.adapters.trigger_directory import TriggerDirectory
+    from stagecal.services.requesting import Desk
+
+    return Desk(
+        config=config,
+        clock=clock(),
+        archive=archive(config),
+        triggers=TriggerDirectory(config.triggers.directory, config.triggers.owners),
+        mailer=mailer(config),
+    )
+
+
+def ledger(config: Config) -> SqliteLedger:
+    """Return the ledger in the state directory."""
+    from stagecal.adapters.ledger import SqliteLedger
+
+    return SqliteLedger(config.state.directory)
+
+
+def templates(config: Config) -> Templates:
+    """Return our templates, with those in `templates/` beside the configuration file in front of them."""
+    from stagecal.adapters.templates import JinjaTemplates
+
+    return JinjaTemplates(config.path.parent / "templates", resource("templates"))
+
+
+def nodes(config: Config) -> Nodes:
+    """Return the nodes by the `[cluster]` section."""
+    from stagecal.adapters.nodes_local import LocalNodes
+
+    node = config.cluster.nodes[0]
+    wrapper = resource("templates", "job", "wrapper.sh").read_bytes()
+    return LocalNodes(config.cluster.work_area, node.name, node.labels, wrapper)
+
+
+def site(config: Config) -> Site:
+    """Return the whole site."""
+    from stagecal.adapters.engines import SiteEngines
+    from stagecal.adapters.file_locks import FileLocks
+    from stagecal.adapters.staging_area import FileStagingArea
+    from stagecal.adapters.trigger_directory import TriggerDirectory
+    from stagecal.services.context import Site
+
+    texts = templates(config)
+    return Site(
+        config=config,
+        clock=clock(),
+        archive=archive(config),
+        triggers=TriggerDirectory(config.triggers.directory, config.triggers.owners),
+        mailer=mailer(config),
+        templates=texts,
+        ledger=ledger(config),
+        nodes=nodes(config),
+        staging=FileStagingArea(config.staging.root),
+        engines=SiteEngines(config.restore, texts, _templates_directory()),
+        locks=FileLocks(config.state.directory / "locks"),
+    )
+
+
+def _templates_directory() -> Path:
+    return resource("templates")
+
+
+def daemon_is_running(config: Config) -> bool:
+    """Return whether a daemon of this machine holds the state directory."""
+    import fcntl
+
+    try:
+        with (config.state.directory / "watch.lock").open("rb") as stream:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def mend(config: Config) -> None:
+    """Finish what a crash may have left between the ledger's records and its sidecars."""
+    opened = ledger(config)
+    try:
+        opened.mend_sidecars()
+    finally:
+        opened.close()
+
+
+def keep_triggers_tidy(config: Config, now: datetime) -> None:
+    """Remove reservations that a crashed `trigger-calms` left, and log names that are no triggers."""
+    import logging
+
+    from stagecal.adapters.trigger_directory import TriggerDirectory
+    from stagecal.ports import TransientError
+
+    log = logging.getLogger(__name__)
+    directory = TriggerDirectory(config.triggers.directory, config.triggers.owners)
+    try:
+        directory.look()
+        directory.discard_stale_reservations(now)
+    except TransientError as trouble:
+        log.warning("the trigger directory cannot be tidied: %s", trouble)
+        return
+    for name in directory.strangers():
+        log.warning("%r in the trigger directory is no trigger: left alone", name)
