@@ -6,10 +6,12 @@ machine cannot run it. With CI=true nothing may be skipped: every skip, of these
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,16 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     return report
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Any:
+    """The same for a whole module that skips itself."""
+    report: pytest.CollectReport = yield
+    if report.skipped and nothing_may_be_skipped():
+        report.outcome = "failed"
+        report.longrepr = f"skipped, although CI=true promises that nothing is: {skip_reason(report)}"
+    return report
+
+
 def skip_reason(report: pytest.TestReport | pytest.CollectReport) -> str:
     """Return why a test was skipped."""
     reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
@@ -73,3 +85,25 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 def checkout() -> Path:
     """The top of the checkout."""
     return Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], None]], Path]:
+    """A function (name, make) that returns a directory that `make` filled, once for all processes of a run."""
+
+    def directory_of(name: str, make: Callable[[Path], None]) -> Path:
+        base = tmp_path_factory.getbasetemp()
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            base = base.parent
+        directory = base / name
+        with (base / f"{name}.lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if not directory.exists():
+                partial = base / f"{name}.partial"
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir()
+                make(partial)
+                partial.rename(directory)
+        return directory
+
+    return directory_of

@@ -18,7 +18,7 @@ from stagecal.adapters.file_locks import FileLocks
 from stagecal.adapters.ledger import SqliteLedger
 from stagecal.adapters.mail_maildir import MaildirMailer
 from stagecal.adapters.nodes_local import LocalNodes
-from stagecal.adapters.staging_area import DirectoryStagingArea
+from stagecal.adapters.staging_area import FileStagingArea
 from stagecal.adapters.templates import JinjaTemplates
 from stagecal.adapters.trigger_directory import TriggerDirectory
 from stagecal.config import load_config
@@ -77,7 +77,7 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
 
 
 @pytest.fixture
-def now() -> datetime:
+def example_time() -> datetime:
     """The time at which everything in the golden files happens."""
     return datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
@@ -100,7 +100,7 @@ def text_site(tmp_path: Path) -> Iterator[Site]:
         templates=JinjaTemplates(resource("templates")),
         ledger=ledger,
         nodes=LocalNodes(config.cluster.work_area, "node-1", (), b""),
-        staging=DirectoryStagingArea(config.staging.root),
+        staging=FileStagingArea(config.staging.root),
         engines=cast(Engines, cast(Any, None)),
         locks=FileLocks(tmp_path / "locks"),
     )

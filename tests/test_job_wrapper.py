@@ -4,11 +4,13 @@ and what its files mean to the adapters that read them."""
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -43,6 +45,7 @@ class Directory:
     path: Path
     shell: tuple[str, ...]
     search_path: Path
+    nonce: str = field(default_factory=lambda: secrets.token_hex(8))
     started: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def job(self, script: str, *, lease: object = 4_000_000_000, executable: bool = True) -> None:
@@ -60,7 +63,7 @@ class Directory:
             process = subprocess.Popen(
                 [*self.shell, "./wrapper.sh", "0.1", "1"],
                 cwd=self.path,
-                env={"STAGECAL_NONCE": NONCE, "PATH": str(self.search_path)},
+                env={"STAGECAL_NONCE": self.nonce, "PATH": str(self.search_path)},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -72,6 +75,19 @@ class Directory:
     def read(self, name: str) -> str | None:
         path = self.path / name
         return path.read_text().strip() if path.exists() else None
+
+    def carriers(self) -> list[int]:
+        """Return the living processes that have the nonce in their environment."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdecimal():
+                try:
+                    environment = (entry / "environ").read_bytes()
+                except OSError:
+                    continue
+                if f"STAGECAL_NONCE={self.nonce}".encode() in environment.split(b"\0"):
+                    found.append(int(entry.name))
+        return found
 
     def appears(self, name: str) -> None:
         until((self.path / name).exists, name)
@@ -90,27 +106,12 @@ def directory(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Direct
     shutil.copy(WRAPPER, path / "wrapper.sh")
     directory = Directory(path, SHELLS[request.param], search_path)
     yield directory
-    for process in directory.started:
-        for pid in carriers():
+    for pid in directory.carriers():
+        with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-        process.kill()
+    for process in directory.started:
         process.wait()
-    until(lambda: not carriers(), "the last process of the job")
-
-
-def carriers() -> list[int]:
-    """Return the living processes of the wrapper's jobs: each test process has jobs of this nonce one after another."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            try:
-                environment = (entry / "environ").read_bytes()
-                above = str((entry / "cwd").readlink())
-            except OSError:
-                continue
-            if f"STAGECAL_NONCE={NONCE}".encode() in environment.split(b"\0") and "WORK 1" in above:
-                found.append(int(entry.name))
-    return found
+    until(lambda: not directory.carriers(), "the last process of the job")
 
 
 LIVE = "#!/bin/sh\n: > live\nwhile [ ! -e go ]; do sleep 0.05; done\nexit 6\n"
@@ -122,7 +123,7 @@ def test_it_tells_who_it_is_and_how_the_job_ended(directory: Directory) -> None:
     directory.appears("live")
     start_time = Path(f"/proc/{wrapper.pid}/stat").read_text().rpartition(") ")[2].split()[19]
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    assert directory.read("pid") == f"{wrapper.pid} {start_time} {boot} {NONCE}"
+    assert directory.read("pid") == f"{wrapper.pid} {start_time} {boot} {directory.nonce}"
     assert directory.read("exit") is None
     (directory.path / "go").touch()
     assert wrapper.wait(10) == 0
@@ -202,7 +203,7 @@ def test_a_signal_ends_the_job_within_the_grace_even_if_it_ignores_it(directory:
     wrapper.terminate()
     wrapper.wait(10)
     assert (directory.read("ended"), directory.read("exit")) == ("signal", "137")
-    assert carriers() == []
+    assert directory.carriers() == []
 
 
 def test_a_job_that_ends_itself_well_when_asked_tells_its_own_status(directory: Directory) -> None:
@@ -229,7 +230,7 @@ def test_the_watcher_ends_the_job_of_a_killed_wrapper(directory: Directory) -> N
     wrapper = directory.start()
     directory.appears("live")
     wrapper.kill()
-    until(lambda: carriers() in ([], [wrapper.pid]), "the end of the job")
+    until(lambda: directory.carriers() in ([], [wrapper.pid]), "the end of the job")
     assert (directory.read("ended"), directory.read("exit")) == ("wrapper", None)
 
 
@@ -240,7 +241,7 @@ def test_an_end_that_cannot_be_written_is_tried_again(directory: Directory) -> N
     wrapper = directory.start()
     directory.appears("live")
     (directory.path / "go").touch()
-    until(lambda: len(carriers()) <= 2, "the end of run.sh")
+    until(lambda: len(directory.carriers()) <= 2, "the end of run.sh")
     assert wrapper.poll() is None
     obstacle.rmdir()
     wrapper.wait(10)
@@ -249,7 +250,7 @@ def test_an_end_that_cannot_be_written_is_tried_again(directory: Directory) -> N
 
 def test_only_the_processes_of_the_same_nonce_are_ended(directory: Directory) -> None:
     directory.job("exit 0\n")
-    with subprocess.Popen(["sleep", "300"], env={**os.environ, "STAGECAL_NONCE": NONCE + "0"}) as other:
+    with subprocess.Popen(["sleep", "300"], env={**os.environ, "STAGECAL_NONCE": directory.nonce + "0"}) as other:
         directory.start().wait(10)
         assert directory.read("exit") == "0"
         assert other.poll() is None

@@ -16,7 +16,7 @@ from datetime import datetime, timedelta
 from stagecal.domain.identifiers import Malformed, contact_is_known, parse_address
 from stagecal.domain.records import Step
 from stagecal.domain.requests import WITHDRAWABLE, Origin, Request, State, request_id
-from stagecal.domain.trigger import Incomplete, Trigger, is_terminated, parse, parse_trigger_name
+from stagecal.domain.trigger import Incomplete, Trigger, decoded, is_terminated, parse, parse_trigger_name
 from stagecal.ports import DirectoryIdentity, Listing, StaleRequestError, TriggerEntry
 from stagecal.services.context import Site
 from stagecal.services.notifying import malformed_mail
@@ -43,7 +43,7 @@ class Receiver:
         listing = self.site.triggers.look()
         opened = {request.trigger_name: request for request in self.site.ledger.open_requests() if request.trigger_name}
         new, again, unfinished = 0, [], {}
-        for entry in listing.entries:
+        for entry in sorted(listing.entries, key=_age):
             digest = hashlib.sha256(entry.content).hexdigest()
             request = opened.get(entry.name)
             if request is not None:
@@ -52,7 +52,7 @@ class Receiver:
             since = self.unfinished.get((entry.name, digest), now)
             try:
                 trigger = self._read(entry)
-                if not is_terminated(entry.content.decode("utf-8")) and now - since < self._settle:
+                if not is_terminated(decoded(entry.content)) and now - since < self._settle:
                     raise Incomplete("the last line has no end yet")
             except Malformed as reason:
                 self._reject(entry, digest, str(reason), now)
@@ -77,12 +77,7 @@ class Receiver:
         if entry.problem:
             raise Malformed(entry.problem)
         mous, _ = parse_trigger_name(entry.name)
-        try:
-            text = entry.content.decode("utf-8")
-        except UnicodeDecodeError as error:
-            if error.end == len(entry.content) and error.reason == "unexpected end of data":
-                raise Incomplete("the last character is not complete yet") from error
-            raise Malformed("the file is not UTF-8 text") from error
+        text = decoded(entry.content)
         trigger = parse(text)
         if trigger.mous != mous:
             raise Malformed(f"the file's name says MOUS {mous}, its text {trigger.mous}")
@@ -130,7 +125,7 @@ class Receiver:
             calfields=trigger.calfields,
             contact=trigger.contact,
             trigger_name=entry.name,
-            trigger_text=entry.content.decode("utf-8"),
+            trigger_text=decoded(entry.content),
             trigger_sha256=digest,
             received_at=now,
             state=State.RECEIVED,
@@ -188,6 +183,11 @@ class Receiver:
     def watched_for(self) -> bool:
         """Return whether a trigger was missing at the last look, so that the next look should come soon."""
         return any(request.missing_since is not None for request in self.site.ledger.open_requests())
+
+
+def _age(entry: TriggerEntry) -> tuple[str, str]:
+    """Return what orders the triggers of one look: first come, first served, by the time in their names."""
+    return entry.name[-len("YYYY-MM-DDThh-mm-ss.txt") :], entry.name
 
 
 def _identity(directory: DirectoryIdentity) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stagecal.domain.identifiers import (
@@ -183,6 +183,7 @@ def test_what_is_not_one_plain_address_is_refused(text):
         parse_address(text)
 
 
+@settings(deadline=None)
 @given(st.text(max_size=120), st.sampled_from(PARSERS))
 def test_a_refusal_is_one_printable_line(text, parse):
     try:
@@ -192,6 +193,7 @@ def test_a_refusal_is_one_printable_line(text, parse):
         assert len(str(error)) < 400
 
 
+@settings(deadline=None)
 @given(st.text(max_size=60))
 def test_an_accepted_name_stays_as_it_is(text):
     try:

@@ -113,11 +113,13 @@ def test_without_calfields_there_is_no_calfield_line():
     assert parse(render(FULL)) == FULL
 
 
+@settings(deadline=None)
 @given(triggers)
 def test_what_was_rendered_is_parsed_to_the_same_request(trigger):
     assert parse(decoded(render(trigger).encode())) == trigger
 
 
+@settings(deadline=None)
 @given(triggers)
 def test_on_one_line_it_is_the_same_request(trigger):
     assert parse(one_line(render(trigger))) == trigger
@@ -179,12 +181,13 @@ def test_no_prefix_is_a_request(text):
             found = parse(beginning)
         except Incomplete:
             continue
-        # Only digits of the ticket may be missing, and only where the last line has no end yet.
-        assert Trigger(**{**vars(found), "ticket": whole.ticket}) == whole
         assert found == whole or not is_terminated(beginning)
+        if "\n" in content.decode().strip():
+            # With a line for each item, only digits of the ticket can be missing where the last line has no end.
+            assert Trigger(**{**vars(found), "ticket": whole.ticket}) == whole
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(triggers, st.sampled_from([render, lambda t: one_line(render(t)), lambda t: render(t).replace("\n", "\r\n")]))
 def test_no_terminated_prefix_of_any_request_is_another_request(trigger, written):
     content = written(trigger).encode()
@@ -280,6 +283,7 @@ def test_bytes_that_end_within_a_character_are_incomplete():
         decoded("for user Sü".encode()[:-1])
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=300))
 def test_hostile_bytes_are_refused_and_nothing_else_happens(content):
     try:
@@ -320,6 +324,7 @@ def test_the_name_of_a_trigger_is_its_mous_and_second_in_utc():
     assert parse_trigger_name(name) == ("uid://A001/X1296/X675", datetime(2019, 9, 2, 14, 0, 27, tzinfo=UTC))
 
 
+@settings(deadline=None)
 @given(triggers, st.integers(0, 4_000_000_000).map(lambda seconds: datetime.fromtimestamp(seconds, UTC)))
 def test_a_trigger_name_is_read_back(trigger, at):
     assert parse_trigger_name(trigger_name(trigger.mous, at)) == (trigger.mous, at)
