@@ -23,14 +23,16 @@ from stagecal.adapters.templates import JinjaTemplates
 from stagecal.ports import FatalError
 from stagecal.resources import resource
 templates = JinjaTemplates(resource("templates"))
+# pip compiles each .py file that it installs.
+names = [name for name in templates.names() if "__pycache__" not in name]
 faults = {}
-for name in templates.names():
+for name in names:
     try:
         templates.render(name)
     except FatalError as error:
         if not isinstance(error.__cause__, jinja2.UndefinedError):
             faults[name] = str(error)
-print(json.dumps({"names": templates.names(), "faults": faults}))
+print(json.dumps({"names": names, "faults": faults}))
 """
 
 pytestmark = pytest.mark.timeout(600)
@@ -70,8 +72,8 @@ def installed(wheel: Path, made_once: Callable[[str, Callable[[Path], None]], Pa
     """An environment that holds the wheel and its dependencies, and nothing else."""
 
     def install(directory: Path) -> None:
-        # Scripts begin with the path of their interpreter: the environment is made where it stays.
-        environment = directory.parent / "installed environment"
+        # Programs begin with the path of their interpreter: the environment is made where it stays.
+        environment = directory.with_name("an environment")
         subprocess.run([sys.executable, "-m", "venv", "--clear", "--without-pip", environment], timeout=120, check=True)
         done = subprocess.run(
             [sys.executable, "-m", "pip", "--python", environment, "install", "--quiet", wheel],
@@ -82,9 +84,8 @@ def installed(wheel: Path, made_once: Callable[[str, Callable[[Path], None]], Pa
             check=False,
         )
         assert done.returncode == 0, done.stdout + done.stderr
-        (directory / "bin").symlink_to(environment / "bin")
 
-    return made_once("installed", install)
+    return made_once("installed", install).with_name("an environment")
 
 
 Run = Callable[..., subprocess.CompletedProcess[str]]

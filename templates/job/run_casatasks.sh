@@ -15,11 +15,12 @@ export STAGECAL_CASA_WORKER
 
 fetch() {
     printf 'Fetching the raw data of %s ...\n' "$1"
-    (cd rawdata && {% for word in raw_fetch %}{{ word | shell_quote }} {% endfor %}"$1" </dev/null)
+    (cd rawdata && {{ raw_fetch | map("shell_quote") | join(" ") }} "$1" </dev/null)
 }
+
 {% for execution_block in execution_blocks %}
 fetch {{ execution_block | shell_quote }}
-{%- endfor %}
+{% endfor %}
 
 echo 'Now generating the calibrated MS(s) ...'
 # calibrate.py takes no arguments, because CASA would read them as its own.

@@ -7,26 +7,31 @@ cd "$(dirname "$0")"
 # Plain mkdir on purpose: a job directory is used once, and what an earlier run left is never mixed in.
 mkdir rawdata working products auxiliary
 products=$(pwd)/products
+
 {% if raw_fetch %}
 fetch() {
     printf 'Fetching the raw data of %s ...\n' "$1"
-    (cd rawdata && {% for word in raw_fetch %}{{ word | shell_quote }} {% endfor %}"$1" </dev/null)
+    (cd rawdata && {{ raw_fetch | map("shell_quote") | join(" ") }} "$1" </dev/null)
 }
-{%- for execution_block in execution_blocks %}
+
+{% for execution_block in execution_blocks %}
 fetch {{ execution_block | shell_quote }}
-{%- endfor %}
+{% endfor %}
+
 {% endif %}
-{%- if casa_home %}
+{% if casa_home %}
 STAGECAL_CASA_HOME={{ casa_home | shell_quote }}
 export STAGECAL_CASA_HOME
+
 {% endif %}
+set -- {{ project | shell_quote }} {{ mous | shell_quote }} "$products"
+{% if calfields %}
+set -- "$@" --calfields {{ calfields | join(",") | shell_quote }}
+{% endif %}
+{% for execution_block in execution_blocks %}
+set -- "$@" {{ execution_block | shell_quote }}
+{% endfor %}
+
 echo 'Now generating the calibrated MS(s) ...'
 cd working
-exec {{ command | shell_quote }} {{ project | shell_quote }} {{ mous | shell_quote }} "$products" \
-{%- if calfields %}
-    --calfields {{ calfields | join(',') | shell_quote }} \
-{%- endif %}
-{%- for execution_block in execution_blocks %}
-    {{ execution_block | shell_quote }} \
-{%- endfor %}
-    </dev/null
+exec {{ command | shell_quote }} "$@" </dev/null

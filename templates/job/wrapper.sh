@@ -18,12 +18,6 @@
 interval=${1:-30}
 grace=${2:-10}
 umask 027
-mkdir lock 2>/dev/null || exit 0
-
-# The job's terminal is nobody's: a hangup means nothing. TERM is caught, not ignored, so that run.sh does not inherit it.
-trap '' HUP
-stopped=
-trap 'stopped=yes' TERM INT
 
 publish() { # NAME TEXT WRITER
     { echo "$2" > "$1.$3" && mv "$1.$3" "$1"; } 2>/dev/null
@@ -81,6 +75,7 @@ watch() {
         reason=
         [ "$(date +%s)" -lt "$deadline" ] || reason=lease
         [ ! -e cancel ] || reason=cancelled
+        [ ! -e ended ] || reason=ended
         [ "$(start_time $$)" = "$own_start" ] || reason=wrapper
         if [ -n "$reason" ]; then
             [ -e ended ] || publish ended "$reason" watcher
@@ -96,9 +91,25 @@ watch() {
     done
 }
 
+# TERM may come when nobody waits for run.sh yet. Therefore the job is ended here, and by the watcher if it was only
+# just about to start.
+stop() {
+    trap '' TERM INT
+    stopped=yes
+    reason=signal
+    [ ! -e cancel ] || reason=cancelled
+    [ -e ended ] || publish ended "$reason" wrapper
+    end_everyone
+}
+
+mkdir lock 2>/dev/null || exit 0
 session=$(session_of $$)
 own_start=$(start_time $$)
 read -r boot < /proc/sys/kernel/random/boot_id
+# The job's terminal is nobody's: a hangup means nothing. TERM is caught, not ignored, so that run.sh does not inherit it.
+trap '' HUP
+stopped=
+trap stop TERM INT
 publish pid "$$ $own_start $boot $STAGECAL_NONCE" wrapper || exit 1
 
 # The watcher comes first, so that run.sh is never alone.
@@ -106,7 +117,7 @@ watch &
 watcher=$!
 child=
 code=143
-if [ ! -e cancel ] && [ ! -e ended ] && [ -z "$stopped" ]; then
+if [ ! -e cancel ] && [ ! -e ended ]; then
     # A session of its own for the job, so that all of it can be killed and this wrapper still tells the end.
     if [ -x ./run.sh ]; then setsid ./run.sh & else setsid sh ./run.sh & fi
     child=$!
@@ -115,12 +126,7 @@ if [ ! -e cancel ] && [ ! -e ended ] && [ -z "$stopped" ]; then
 fi
 
 trap '' TERM INT
-if [ ! -e ended ]; then
-    reason=
-    [ -z "$stopped" ] || reason=signal
-    [ ! -e cancel ] || reason=cancelled
-    [ -z "$reason" ] || publish ended "$reason" wrapper
-fi
+[ ! -e cancel ] || [ -e ended ] || publish ended cancelled wrapper
 end_everyone
 if [ -n "$stopped" ] && [ -n "$child" ]; then
     # The first wait was interrupted by the signal; 127 says that it was not and has the status already.
