@@ -22,7 +22,7 @@ MAKEFLAGS += --no-builtin-rules --no-print-directory
 .DEFAULT_GOAL := help
 .SUFFIXES:
 .NOTPARALLEL:
-.PHONY: help setup demo test check format casa-worker test-programs clean distclean
+.PHONY: help setup new-venv demo test check format casa-worker test-programs clean distclean
 
 # Defines install_packages PACKAGE...: by apt, quietly, as root. No daemon is started by what is installed: the policy
 # that says so is put in place for that moment only, where the machine has none of its own.
@@ -52,8 +52,7 @@ help:
 setup: $(STAMP)
 	@:
 
-# A Python that has gone (its link is dangling) makes a new environment.
-$(RUN)/python:
+new-venv:
 	@$(APT); \
 	usable() { "$$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; }; \
 	complete() { usable "$$1" && "$$1" -c 'import ensurepip, sqlite3, ssl, venv' >/dev/null 2>&1; }; \
@@ -70,7 +69,8 @@ $(RUN)/python:
 	echo "making $(VENV) with $$("$$python" --version)"; \
 	rm -rf $(VENV) && "$$python" -m venv $(VENV)
 
-$(STAMP): pyproject.toml $(RUN)/python
+# Without a Python, or with one that has gone from the system since, everything is made anew.
+$(STAMP): pyproject.toml $(if $(realpath $(RUN)/python),,new-venv)
 	@echo 'installing stagecal and what it needs into $(VENV) (a minute at the first time)'
 	@$(RUN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
 	@touch $@

@@ -13,6 +13,7 @@
 --   uid://A001/X14d7/X160  2019.1.00337.S  delivered once, now under review: MOUS IN QA3
 --   uid://A001/X1284/X265f 2017.1.00370.S  observed, not processed: MOUS NOT DELIVERED
 --   uid://A001/X1284/X266  2017.1.00370.S  delivered without an EB that passed: NO QA0_PASS DATA
+--   uid://A002/X2a5c2f/X1  2011.0.00010.S  of Cycle 0, whose calibrated data lie in the archive: CYCLE 0 PROJECT
 
 BEGIN;
 
@@ -27,7 +28,8 @@ INSERT INTO ASA_PROJECT (PROJECT_UID, PROJECT_CODE) VALUES
     ('uid://A001/X12f5/X19b', '2018.1.01406.S'),
     ('uid://A001/X1528/Xa21', '2021.1.01582.S'),
     ('uid://A001/X1465/X2e4', '2019.1.00337.S'),
-    ('uid://A001/X1220/X2b7', '2017.1.00370.S');
+    ('uid://A001/X1220/X2b7', '2017.1.00370.S'),
+    ('uid://A002/X2a5c2f/X6', '2011.0.00010.S');
 
 -- Persons who registered with ALMA.
 CREATE TABLE ACCOUNT (
@@ -50,7 +52,8 @@ INSERT INTO BMMV_OBSPROPOSAL (PROJECTUID, PI_USERID) VALUES
     ('uid://A001/X12f5/X19b', 'pi'),
     ('uid://A001/X1528/Xa21', 'pi'),
     ('uid://A001/X1465/X2e4', 'pi'),
-    ('uid://A001/X1220/X2b7', 'pi');
+    ('uid://A001/X1220/X2b7', 'pi'),
+    ('uid://A002/X2a5c2f/X6', 'pi');
 
 -- A table of our own: persons to whom a PI has given access. Where the archive keeps them is not public;
 -- a real site makes this table, or overrides etc/queries/entitled.sql.
@@ -273,6 +276,10 @@ INSERT INTO OBS_UNIT_SET_STATUS (STATUS_ENTITY_ID, DOMAIN_ENTITY_ID, DOMAIN_ENTI
     ('uid://A001/X1284/X265e', 'X2045518862', 'PartiallyObserved', 'uid://A001/X1284/X265d', 'uid://A001/X1220/X2bb', 'uid://A001/X1220/X2b7', NULL),
     ('uid://A001/X1284/X264', 'X376901526', 'Delivered', NULL, 'uid://A001/X1220/X2bb', 'uid://A001/X1220/X2b7', NULL),
     ('uid://A001/X1284/X265', 'X376901525', 'Delivered', 'uid://A001/X1284/X264', 'uid://A001/X1220/X2bb', 'uid://A001/X1220/X2b7', NULL);
+
+-- A MOUS of Cycle 0, of which the archive has neither a status document nor EBs in the tables of today.
+INSERT INTO OBS_UNIT_SET_STATUS (STATUS_ENTITY_ID, DOMAIN_ENTITY_ID, DOMAIN_ENTITY_STATE, PARENT_OBS_UNIT_SET_STATUS_ID, OBS_PROJECT_STATUS_ID, OBS_PROJECT_ID, XML) VALUES
+    ('uid://A002/X2a5c2f/X1', 'X1000000001', 'Delivered', NULL, 'uid://A002/X2a5c2f/X7', 'uid://A002/X2a5c2f/X6', NULL);
 
 -- Observation unit sets as the quality assurance knows them: ObsProject and partId of a MOUS.
 CREATE TABLE AQUA_OUS (

@@ -344,3 +344,17 @@ class _Display:
 def _package(wheel: str) -> str:
     """Return name and version of a file that pip takes: casatools-6.7.0.31-cp311-....whl."""
     return " ".join(wheel.rpartition("/")[2].split("-")[:2])
+
+
+def main() -> int:
+    """Make the worker environment if there is none, and say where it is (`python -m stagecal.casa_worker`)."""
+    try:
+        print(f"CASA worker environment: {ensure_casa_worker(progress=sys.stderr).parents[1]}")
+    except (FatalError, TransientError, UsageError) as error:
+        print(f"stagecal.casa_worker: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

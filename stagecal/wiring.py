@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from datetime import datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from stagecal.config import Config
-from stagecal.ports import Archive, Clock, Mailer, Nodes, Templates, UsageError
+from stagecal.ports import Archive, Clock, Engines, Mailer, Nodes, Templates, UsageError
 from stagecal.resources import resource
 
 _T = TypeVar("_T")
@@ -116,30 +115,38 @@ def nodes(config: Config) -> Nodes:
 
 def site(config: Config) -> Site:
     """Return the whole site."""
-    from stagecal.adapters.engines import SiteEngines
     from stagecal.adapters.file_locks import FileLocks
     from stagecal.adapters.staging_area import FileStagingArea
     from stagecal.adapters.trigger_directory import TriggerDirectory
     from stagecal.services.context import Site
 
-    texts = templates(config)
     return Site(
         config=config,
         clock=clock(),
         archive=archive(config),
         triggers=TriggerDirectory(config.triggers.directory, config.triggers.owners),
         mailer=mailer(config),
-        templates=texts,
+        templates=templates(config),
         ledger=ledger(config),
         nodes=nodes(config),
         staging=FileStagingArea(config.staging.root),
-        engines=SiteEngines(config.restore, texts, _templates_directory()),
+        engines=engines(config),
         locks=FileLocks(config.state.directory / "locks"),
     )
 
 
-def _templates_directory() -> Path:
-    return resource("templates")
+def engines(config: Config) -> Engines:
+    """Return the engines by the `[restore]` section."""
+    from stagecal.adapters.engines import SiteEngines
+
+    return SiteEngines(config.restore, templates(config), resource("templates"))
+
+
+def checked_templates(config: Config) -> int:
+    """Return how many templates there are, after reading each. Raises FatalError for one that is broken."""
+    from stagecal.adapters.templates import JinjaTemplates
+
+    return JinjaTemplates(config.path.parent / "templates", resource("templates")).check()
 
 
 def daemon_is_running(config: Config) -> bool:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 from email import message_from_bytes, policy
 from email.message import EmailMessage
-from typing import cast
+from typing import Any
 
 import pytest
 
@@ -89,11 +89,13 @@ def staged(site: Site, request: Request, time: datetime, blocks: tuple[str, ...]
 
 
 def parsed(mail: NewMail) -> EmailMessage:
-    return cast(EmailMessage, message_from_bytes(mail.message, policy=policy.default))
+    message: Any = message_from_bytes(mail.message, policy=policy.default)
+    assert isinstance(message, EmailMessage)
+    return message
 
 
 def body_of(mail: NewMail) -> str:
-    return cast(str, parsed(mail).get_content()).replace("\r\n", "\n")
+    return str(parsed(mail).get_content()).replace("\r\n", "\n")
 
 
 def as_golden(mail: NewMail) -> str:
@@ -128,9 +130,7 @@ def test_the_mail_with_the_link_names_execution_blocks_without_the_fields(
     assert "uid___A002_Xcf92df_X3453.ms" not in body_of(mail)
 
 
-def test_the_mail_with_the_link_begins_with_the_words_of_the_procedure(
-    text_site: Site, example_time: datetime
-) -> None:
+def test_the_mail_with_the_link_begins_with_the_words_of_the_procedure(text_site: Site, example_time: datetime) -> None:
     request = staged(text_site, request_of(example_time), example_time, BLOCKS)
     lines = body_of(delivered_mail(text_site, request, example_time)).splitlines()
     assert lines[:5] == [
@@ -234,7 +234,7 @@ def test_a_failure_with_the_whole_output(text_site: Site, golden: Compare, examp
     request = failed_request(text_site, example_time)
     job = JobHandle(request.node, request.work, request.nonce)
     text_site.nodes.prepare(job, {"run.sh": b"exit 3\n"})
-    (text_site.nodes.directory(job) / job_directory.OUTPUT).write_bytes("CASA 6.7\n\x1b[31mNo space “left”\xff\n".encode())
+    (text_site.nodes.directory(job) / job_directory.OUTPUT).write_text("CASA 6.7\n\x1b[31mNo space “left”\n")
     mail = failed_mail(text_site, request, example_time)
     body = body_of(mail)
     for line in (

@@ -5,16 +5,18 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import signal
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
@@ -76,7 +78,9 @@ def test_the_pages(text_site: Site, golden: Compare, example_time: datetime, kin
     calfields = () if kind == "full" else ("J0510+1800", "J0440+1437")
     files = files_of(BLOCKS, "flux.csv") if kind == "full" else files_of(BLOCKS[:1])
     absent = [] if kind == "full" else [BLOCKS[1]]
-    values = page_values(text_site, request_of(example_time, *calfields), files, absent, example_time)
+    values = page_values(
+        text_site, request_of(example_time, *calfields), files, absent, example_time + timedelta(days=28)
+    )
     stem, suffix = page.split(".")
     golden(f"pages/{stem}_{kind}.{suffix}", text_site.templates.render(f"pages/{page}", **values))
 
@@ -163,6 +167,7 @@ def test_nothing_in_the_page_can_become_markup() -> None:
     assert "{{ 7*7 }}" in text and "49" not in text
 
 
+@pytest.mark.requires_program("curl")
 def test_nothing_in_fetch_sh_can_become_a_command(tmp_path: Path) -> None:
     script = tmp_path / "fetch.sh"
     script.write_text(JinjaTemplates(resource("templates")).render("pages/fetch.sh", **hostile_values(ticket="1'")))
@@ -198,13 +203,14 @@ def test_fetch_sh_is_plain_shell(text_site: Site, tmp_path: Path, example_time: 
 class Shop:
     """A web server's behaviour: what it shows, what it does wrong, and what it was asked.
 
-    `cut` says after how many bytes the connection breaks, once per file; `damaged` how often a file is sent with one
-    wrong byte. `asked` are the GETs as (name, first byte, bytes sent).
+    `cut` says after how many bytes the connection breaks, time after time, and `stalled` holds it open there until it
+    is set; `damaged` how often a file is sent with one wrong byte. `asked` are GETs as (name, first byte, bytes sent).
     """
 
     directory: Path
     ranges: bool = True
-    cut: dict[str, int] = field(default_factory=dict)
+    cut: dict[str, list[int]] = field(default_factory=dict)
+    stalled: threading.Event | None = None
     damaged: dict[str, int] = field(default_factory=dict)
     missing: set[str] = field(default_factory=set)
     asked: list[tuple[str, int, int]] = field(default_factory=list)
@@ -254,12 +260,15 @@ def handler_of(shop: Shop) -> type[BaseHTTPRequestHandler]:
                 shop.damaged[name] -= 1
                 content = content[:-1] + bytes([content[-1] ^ 1])
             body = content[first:]
-            if name in shop.cut:
-                body = body[: shop.cut.pop(name)]
+            if shop.cut.get(name):
+                body = body[: shop.cut[name].pop(0)]
                 self.close_connection = True
             shop.asked.append((name, first, len(body)))
             try:
                 self.wfile.write(body)
+                if self.close_connection and shop.stalled is not None:
+                    self.wfile.flush()
+                    shop.stalled.wait(60)
             except OSError:
                 self.close_connection = True
 
@@ -273,7 +282,7 @@ def handler_of(shop: Shop) -> type[BaseHTTPRequestHandler]:
 def shop(text_site: Site, tmp_path: Path, example_time: datetime) -> Iterator[Shop]:
     """A published directory of two tar files, one auxiliary file and all the papers, behind a web server."""
     shop = Shop(text_site.config.staging.root)
-    with served(handler_of(shop)) as address:
+    with Served(handler_of(shop)) as address:
         staging = replace(text_site.config.staging, url=address)
         site = replace(text_site, config=replace(text_site.config, staging=staging))
         site.staging.begin(TOKEN)
@@ -291,7 +300,7 @@ def shop(text_site: Site, tmp_path: Path, example_time: datetime) -> Iterator[Sh
         yield shop
 
 
-class served:  # noqa: N801 - reads as a statement
+class Served:
     """Serve on a loopback port within the context, whose value is the server's address."""
 
     def __init__(self, handler: Any) -> None:
@@ -317,8 +326,7 @@ def environment(tmp_path: Path, *tools: str, programs: tuple[str, ...] = _PROGRA
     directory.mkdir(exist_ok=True)
     for program in (*programs, *tools):
         found = shutil.which(program)
-        if found is None:
-            pytest.skip(f"1 test of fetch.sh left out: {program} is not installed")
+        assert found is not None, f"{program} is not installed"
         if not (directory / program).exists():
             (directory / program).symlink_to(found)
     return {"PATH": str(directory), "HOME": str(tmp_path), "FETCH_PAUSE": "0", "FETCH_TRIES": "5", **more}
@@ -355,7 +363,7 @@ class Customer:
         assert fetched == offered
 
 
-@pytest.fixture(params=["curl", "wget"])
+@pytest.fixture(params=[pytest.param(tool, marks=pytest.mark.requires_program(tool)) for tool in ("curl", "wget")])
 def customer(shop: Shop, tmp_path: Path, request: pytest.FixtureRequest) -> Customer:
     place = tmp_path / "my data"
     place.mkdir()
@@ -382,11 +390,53 @@ def test_fetch_again_fetches_only_the_list(customer: Customer) -> None:
 
 def test_a_broken_connection_is_continued_where_it_was(customer: Customer) -> None:
     size = (customer.shop.directory / TOKEN / TARS[0]).stat().st_size
-    customer.shop.cut[TARS[0]] = 100_000
+    customer.shop.cut[TARS[0]] = [100_000]
     done = customer.fetch()
     assert done.returncode == 0
     assert customer.shop.sent(TARS[0]) == [(0, 100_000), (100_000, size - 100_000)]
     assert f"{TARS[0]}: interrupted after 100000 bytes, going on in 0 s" in done.stdout.splitlines()
+    customer.assert_complete()
+
+
+def test_a_connection_that_breaks_again_and_again_wins_as_long_as_it_advances(customer: Customer) -> None:
+    customer.shop.cut[TARS[0]] = [30_000] * 8
+    done = customer.fetch()
+    assert done.returncode == 0, done.stdout
+    assert [first for first, _ in customer.shop.sent(TARS[0])] == [30_000 * number for number in range(9)]
+    customer.assert_complete()
+
+
+def test_an_interruption_by_hand_costs_nothing(customer: Customer) -> None:
+    size = (customer.shop.directory / TOKEN / TARS[0]).stat().st_size
+    customer.shop.cut[TARS[0]] = [100_000]
+    customer.shop.stalled = threading.Event()
+    part = customer.directory / f"{TARS[0]}.part"
+    script = customer.shop.directory / TOKEN / "fetch.sh"
+    running = subprocess.Popen(
+        ["sh", str(script)],
+        cwd=customer.place,
+        env=customer.environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        patience = time.monotonic() + 30
+        while not (part.exists() and part.stat().st_size > 0) and time.monotonic() < patience:
+            time.sleep(0.01)
+        # A terminal sends Ctrl-C to everything that runs in it.
+        os.killpg(running.pid, signal.SIGINT)
+        printed, _ = running.communicate(timeout=30)
+    finally:
+        customer.shop.stalled.set()
+        running.kill()
+    assert running.returncode == 130
+    assert printed.splitlines()[-1] == "Interrupted: run it again, it goes on where it stopped."
+    assert not (customer.directory / TARS[0]).exists()
+    there = part.stat().st_size
+    assert 0 < there <= 100_000
+    assert customer.fetch().returncode == 0
+    assert customer.shop.sent(TARS[0])[1:] == [(there, size - there)]
     customer.assert_complete()
 
 
@@ -403,10 +453,12 @@ def test_what_an_earlier_run_or_another_tool_began_is_continued(customer: Custom
 
 def test_a_server_that_cannot_continue_files_is_asked_from_the_beginning(customer: Customer) -> None:
     customer.shop.ranges = False
-    customer.shop.cut[TARS[0]] = 100_000
+    customer.shop.cut[TARS[0]] = [100_000]
     done = customer.fetch()
     assert done.returncode == 0, done.stdout
     size = (customer.shop.directory / TOKEN / TARS[0]).stat().st_size
+    # It is tried once to continue, and understood at once that this cannot be.
+    assert len(customer.shop.sent(TARS[0])) <= 3
     assert customer.shop.sent(TARS[0])[-1] == (0, size)
     customer.assert_complete()
 
@@ -421,7 +473,7 @@ def test_the_web_server_of_python_will_do(customer: Customer) -> None:
 
     customer.directory.mkdir()
     (customer.directory / f"{TARS[0]}.part").write_bytes(b"\0" * 1000)
-    with served(Handler) as address:
+    with Served(Handler) as address:
         done = customer.fetch(f"{address}/{TOKEN}/")
     assert done.returncode == 0, done.stdout + done.stderr
     customer.assert_complete()
@@ -444,6 +496,7 @@ def test_a_part_that_is_not_ours_is_fetched_anew(customer: Customer, wrong: str)
     (customer.directory / f"{TARS[0]}.part").write_bytes(parts[wrong])
     done = customer.fetch()
     assert done.returncode == 0, done.stdout
+    assert len(customer.shop.sent(TARS[0])) == 2
     assert customer.shop.sent(TARS[0])[-1] == (0, len(content))
     customer.assert_complete()
 
@@ -484,7 +537,7 @@ def test_a_directory_that_is_gone_is_said_to_be_gone(customer: Customer) -> None
 
 
 def test_a_server_that_is_silent_is_asked_a_bounded_number_of_times(customer: Customer) -> None:
-    with served(handler_of(customer.shop)) as address:
+    with Served(handler_of(customer.shop)) as address:
         pass
     done = customer.fetch(f"{address}/{TOKEN}")
     assert done.returncode == 1
@@ -531,13 +584,16 @@ def test_a_wrong_argument_is_refused(customer: Customer) -> None:
     assert customer.shop.asked == []
 
 
-@pytest.mark.parametrize("digester", ["shasum", "openssl"])
+@pytest.mark.requires_program("curl")
+@pytest.mark.parametrize(
+    "digester",
+    [pytest.param(name, marks=pytest.mark.requires_program(name)) for name in ("shasum", "openssl")],
+)
 def test_other_programs_for_checksums_will_do(shop: Shop, tmp_path: Path, digester: str) -> None:
     place = tmp_path / "my data"
     place.mkdir()
     programs = tuple(program for program in _PROGRAMS if program != "sha256sum")
-    more = ("perl",) if digester == "shasum" else ()
-    customer = Customer(shop, place, environment(tmp_path, "curl", digester, *more, programs=programs))
+    customer = Customer(shop, place, environment(tmp_path, "curl", digester, programs=programs))
     shop.damaged[TARS[0]] = 1
     done = customer.fetch()
     assert done.returncode == 0, done.stdout + done.stderr
@@ -545,6 +601,7 @@ def test_other_programs_for_checksums_will_do(shop: Shop, tmp_path: Path, digest
     customer.assert_complete()
 
 
+@pytest.mark.requires_program("curl")
 def test_without_the_programs_it_needs_it_says_so(shop: Shop, tmp_path: Path) -> None:
     place = tmp_path / "my data"
     place.mkdir()
@@ -558,11 +615,11 @@ def test_without_the_programs_it_needs_it_says_so(shop: Shop, tmp_path: Path) ->
 
 def test_the_list_covers_every_file_but_itself(shop: Shop) -> None:
     directory = shop.directory / TOKEN
-    listed = dict(reversed(line.split("  ")) for line in (directory / "SHA256SUMS").read_text().splitlines())
+    lines = [line.split("  ") for line in (directory / "SHA256SUMS").read_text().splitlines()]
     actual = {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest()
         for path in directory.iterdir()
         if path.name != "SHA256SUMS"
     }
-    assert cast(dict[str, str], listed) == actual
+    assert {name: sha256 for sha256, name in lines} == actual
     assert os.access(directory / "fetch.sh", os.X_OK)

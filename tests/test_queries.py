@@ -187,4 +187,4 @@ def test_embedded_identifiers_are_distinct(archive: sqlite3.Connection) -> None:
     found = [row[0] for column, table in columns for row in archive.execute(f"SELECT {column} FROM ALMA.{table}")]
     found += [row[0] for row in archive.execute("SELECT DISTINCT OBS_PROJECT_STATUS_ID FROM ALMA.OBS_UNIT_SET_STATUS")]
     assert sorted(found) == sorted(set(found))
-    assert len(found) == 21 + 7 + 7 + 11 + 6 + 6
+    assert len(found) == 22 + 7 + 7 + 11 + 7 + 7

@@ -1,7 +1,7 @@
 """The engines of this site: which files a job directory gets, and what identifies the calibration that they make.
 
-`casatasks` runs the modular CASA in a worker environment of its own, `command` the site's own program. A missing part is
-a FatalError that says how to get it.
+`casatasks` runs the modular CASA in a worker environment of its own, `command` the site's own program. A missing part
+is a FatalError that says how to get it.
 """
 
 from __future__ import annotations

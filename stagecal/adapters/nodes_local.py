@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import signal
 import stat
 import subprocess
@@ -308,15 +307,27 @@ def _write_tree(name: str, area: int, contents: Mapping[str, bytes]) -> None:
 
 
 def _remove_tree(name: str, area: int) -> None:
-    """Remove a directory with all that is in it by handles, never through a link; not there is fine."""
+    """Remove a directory with all that is in it by handles, never through a link; not there is fine.
+
+    Directories that a job left without the right to write are opened up: they are ours.
+    """
     try:
-        mode = os.lstat(name, dir_fd=area).st_mode
+        directory = os.open(name, _DIRECTORY, dir_fd=area)
     except FileNotFoundError:
         return
-    if stat.S_ISDIR(mode):
-        shutil.rmtree(name, dir_fd=area)
-    else:
-        os.unlink(name, dir_fd=area)
+    try:
+        if os.fstat(directory).st_mode & stat.S_IRWXU != stat.S_IRWXU:
+            os.fchmod(directory, stat.S_IRWXU)
+        with os.scandir(directory) as scan:
+            entries = list(scan)
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                _remove_tree(entry.name, directory)
+            else:
+                os.unlink(entry.name, dir_fd=directory)
+    finally:
+        os.close(directory)
+    os.rmdir(name, dir_fd=area)
 
 
 # --- processes -----------------------------------------------------------------------------------------------------

@@ -20,10 +20,10 @@ class JinjaTemplates:
     """The Templates port over one or more directories; the first that has a name wins."""
 
     def __init__(self, *directories: Path) -> None:
-        self._environment = jinja2.Environment(  # noqa: S701 - pages are escaped by name, mails must not be
+        self._environment = jinja2.Environment(
             loader=jinja2.FileSystemLoader([str(directory) for directory in directories]),
             undefined=jinja2.StrictUndefined,
-            autoescape=lambda name: bool(name and name.endswith((".html", ".xml"))),
+            autoescape=jinja2.select_autoescape(["html", "xml"]),
             keep_trailing_newline=True,
             trim_blocks=True,
             lstrip_blocks=True,
@@ -38,6 +38,16 @@ class JinjaTemplates:
             return self._environment.get_template(name).render(**values)
         except jinja2.TemplateError as error:
             raise FatalError(f"the template {name} cannot be rendered: {error or type(error).__name__}") from error
+
+    def check(self) -> int:
+        """Read every template; return how many there are. Raises FatalError for one that is broken."""
+        names = [name for name in self.names() if not name.endswith(".pyc")]
+        for name in names:
+            try:
+                self._environment.get_template(name)
+            except (jinja2.TemplateError, UnicodeDecodeError) as error:
+                raise FatalError(f"the template {name} is broken: {error}") from error
+        return len(names)
 
     def names(self) -> list[str]:
         """Return the names of all templates."""

@@ -64,7 +64,8 @@ def sweep(
 ) -> SweepResult:
     """Carry a plan out; also finish what an interrupted sweep or withdrawal left out of reach.
 
-    A directory that makes trouble does not stop the others.
+    A directory that makes trouble does not stop the others. What is done is recorded with the real time, also where
+    `now` is another one for a test.
     """
     result = SweepResult()
     for staging in sweep_plan.delete:
@@ -73,13 +74,14 @@ def sweep(
                 if not _still_expired(site, staging, now):
                     result.kept.append(staging.token)
                     continue
-                site.ledger.update_staging(replace(staging, withdrawn_at=now), now)
+                recorded = site.clock.now()
+                site.ledger.update_staging(replace(staging, withdrawn_at=recorded), recorded)
                 site.staging.withdraw(staging.token)
         except (TransientError, FatalError) as trouble:
             result.troubles[staging.token] = str(trouble)
     for staging in site.ledger.stagings():
         if staging.withdrawn_at is not None:
-            _purge(site, staging, now, result)
+            _purge(site, staging, result)
     for token in result.deleted:
         told(token)
     return result
@@ -98,7 +100,8 @@ def _still_expired(site: Site, planned: Staging, now: datetime) -> bool:
     )
 
 
-def _purge(site: Site, staging: Staging, now: datetime, result: SweepResult) -> None:
+def _purge(site: Site, staging: Staging, result: SweepResult) -> None:
+    now = site.clock.now()
     try:
         site.staging.withdraw(staging.token)
         freed = site.staging.purge(staging.token)

@@ -57,33 +57,34 @@ is_right() {
 
 # get URL FILE: fetch, or continue, as curl or wget does it. A connection that is silent for a minute has ended.
 get() {
-    # shellcheck disable=SC2086 # The meter is one word or none.
+    # shellcheck disable=SC2086 # The meter and the limits are words, or none.
     case $tool in
     curl)
         curl --fail --location --globoff --connect-timeout 60 --speed-limit 1 --speed-time 60 $meter \
             --continue-at - --output "$2" "$1"
         ;;
-    wget) wget $meter -t 1 -T 60 -c -O "$2" "$1" ;;
+    wget) wget $meter $limits -c -O "$2" "$1" ;;
     esac </dev/null
 }
 
 # answer_of URL: the status code (200, 404, ...) that the server gives for this file, or nothing if it is silent.
 answer_of() {
+    # shellcheck disable=SC2086
     case $tool in
     curl)
         curl --silent --head --location --globoff --connect-timeout 60 --max-time 60 \
             --output /dev/null --write-out 'HTTP/ %{http_code}\n' "$1"
         ;;
-    wget) wget -S --spider -t 1 -T 60 "$1" 2>&1 ;;
+    wget) wget -S --spider $limits "$1" 2>&1 ;;
     esac </dev/null | sed -n 's|.*HTTP/[0-9.]* \([1-9][0-9][0-9]\).*|\1|p' | tail -n 1
 }
 
 # refused STATUS: did the tool say that the server answered, but not with the rest of the file?
 refused() {
     case $tool:$1 in
-    curl:22 | curl:33 | curl:36 | wget:8) return 0 ;;
+    curl:22 | curl:33 | curl:36) return 0 ;;
     esac
-    # Other tools and codes do not tell; after three attempts in vain with a server that answers we conclude it.
+    # wget does not tell; after three attempts in vain with a server that answers we conclude it.
     [ "$in_vain" -ge 3 ]
 }
 
@@ -197,6 +198,7 @@ main() {
     tries=${FETCH_TRIES:-10}
     first_pause=${FETCH_PAUSE:-5}
     meter=
+    limits=
 
     for tool in curl wget none; do
         command -v "$tool" >/dev/null 2>&1 && break
@@ -208,7 +210,11 @@ main() {
     [ "$digester" != none ] || stop "none of sha256sum, shasum and openssl is installed here"
     case $tool in
     curl) if [ -t 2 ]; then meter=--progress-bar; else meter=-sS; fi ;;
-    wget) if [ ! -t 2 ]; then meter=-q; fi ;;
+    wget)
+        if [ ! -t 2 ]; then meter=-q; fi
+        # The wget of BusyBox has no such limits, or crashes by them.
+        if wget --help 2>&1 | grep -q -e '--tries'; then limits='-t 1 -T 60'; fi
+        ;;
     esac
 
     { mkdir -p -- "$directory" && CDPATH='' cd -- "$directory"; } || stop "the directory $directory cannot be used"

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-import jinja2
+from stagecal.adapters.templates import JinjaTemplates
 
 TEMPLATES = Path(__file__).parents[2] / "templates"
 FIRST, SECOND = "uid://A002/Xcf92df/X3453", "uid://A002/Xd33a12/X15be"
@@ -20,11 +20,7 @@ def sanitized(uid: str) -> str:
 
 def render(template: str, **values: object) -> str:
     """Render a job script the way that the service does."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), undefined=jinja2.StrictUndefined, keep_trailing_newline=True
-    )
-    environment.filters["shell_quote"] = lambda value: shlex.quote(str(value))
-    return environment.get_template(template).render(values)
+    return JinjaTemplates(TEMPLATES).render(template, **values)
 
 
 def make_job(
