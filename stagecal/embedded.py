@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import sqlite3
 import subprocess
+from collections import deque
 from pathlib import Path
 from typing import TextIO
 
@@ -84,9 +85,11 @@ def make_data(config: Path, *, progress: TextIO) -> None:
         text=True,
         errors="replace",
     ) as process:
-        last = ""
+        said: deque[str] = deque(maxlen=5)
         for line in process.stdout or ():
-            last = line.rstrip()
-            print(f"  {last}", file=progress, flush=True)
+            said.append(line.strip())
+            # CASA says more than a newcomer needs to know.
+            if line.startswith("uid___"):
+                print(f"  {line.rstrip()}", file=progress, flush=True)
     if process.returncode != 0:
-        raise FatalError(f"the raw data could not be made (exit code {process.returncode}): {last}")
+        raise FatalError(f"the raw data could not be made (exit code {process.returncode}): {' / '.join(said)}")

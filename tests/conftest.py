@@ -17,6 +17,11 @@ from typing import Any
 
 import pytest
 
+pytest_plugins = ["goldens"]
+
+# Golden files, and the option that renews them.
+pytest_plugins = ["tests.goldens"]
+
 # What the person who runs the tests has configured for their own site must not reach them. The CASA worker may.
 for _name in ("STAGECAL_CONFIG", "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "CREDENTIALS_DIRECTORY"):
     os.environ.pop(_name, None)

@@ -11,13 +11,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime, timedelta
 
-from stagecal.domain.records import RecipientState, Step
+from stagecal.domain.records import Step
 from stagecal.domain.requests import WITHDRAWABLE, Outcome, Request, State, maker_of, retry_delay
 from stagecal.ports import FatalError, JobState, StaleRequestError, TransientError
 from stagecal.services.context import STAGED_DATA_LOCK, Site
 from stagecal.services.dispatching import fail, handle_of, step_accepted, step_dispatching, step_staging
 from stagecal.services.judging import step_received
-from stagecal.services.notifying import delivered_mail, refusal_mail, step_failed, step_refused, step_staged
+from stagecal.services.notifying import step_failed, step_refused, step_staged
 
 log = logging.getLogger(__name__)
 
@@ -126,24 +126,14 @@ def _retry(site: Site, request: Request, now: datetime) -> Request:
     """Start a HELD request again: only its mail if its data are published, else from the beginning."""
     published = bool(request.token) and site.staging.is_published(request.token)
     if request.verdict is not None or published:
-        refused = request.verdict is not None
-        mail = (
-            refusal_mail(site, request, request.verdict, now) if request.verdict else delivered_mail(site, request, now)
-        )
-        known = site.ledger.mail(mail.message_id)
-        if known is not None:
-            again = [
-                replace(one, state=RecipientState.PENDING, not_before=None, attempts=0)
-                for one in known.primary
-                if one.state is not RecipientState.ACCEPTED
-            ]
-            site.ledger.update_recipients(known.id, again)
+        # A new round is a new mail: with the date of today, and only to whom the last one did not reach.
         return site.ledger.commit(
             request,
             now=now,
-            to=State.REFUSED if refused else State.STAGED,
+            to=State.REFUSED if request.verdict is not None else State.STAGED,
             wish="",
             reason="",
+            round=request.round + 1,
             step=Step("retry", decided="send the mail again"),
         )
     if request.work:

@@ -6,6 +6,7 @@ user's mail back.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -16,11 +17,13 @@ from stagecal.domain.records import MailKind, NewMail, OutboxMail, Recipient, Re
 from stagecal.domain.requests import Origin, Outcome, Request, State, retry_delay
 from stagecal.domain.trigger import subject as request_subject
 from stagecal.domain.verdicts import Verdict, advice
-from stagecal.ports import JobState, MailReply, TransientError
+from stagecal.ports import FatalError, JobState, MailReply, TransientError
 from stagecal.services.context import Site
 from stagecal.services.dispatching import handle_of
 from stagecal.services.judging import judge_request
 from stagecal.services.publishing import page_values
+
+log = logging.getLogger(__name__)
 
 LIFETIME = timedelta(days=5)
 """How long a mail is tried (RFC 5321 §4.5.4.1: at least four to five days)."""
@@ -157,8 +160,8 @@ def _job_output(site: Site, request: Request) -> str:
         return ""
     try:
         return site.nodes.output(handle_of(request))
-    except TransientError as trouble:
-        return f"(the job's output cannot be read now: {trouble})"
+    except (TransientError, FatalError) as trouble:
+        return f"(the job's output cannot be read: {trouble})"
 
 
 def undeliverable_mail(site: Site, request: Request, mail: OutboxMail, now: datetime) -> NewMail:
@@ -206,12 +209,12 @@ def malformed_mail(site: Site, name: str, digest: str, reason: str, text: str, c
     )
 
 
-def alarm_mail(site: Site, what: str, text: str, now: datetime) -> NewMail:
-    """Return an alarm for the operators, at most one of a kind per day."""
+def alarm_mail(site: Site, what: str, text: str, now: datetime, *, about: str = "") -> NewMail:
+    """Return an alarm for the operators, at most one of a kind and `about` the same thing per day."""
     return _new_mail(
         site,
         MailKind.ALARM,
-        f"{what}/{now:%Y-%m-%d}",
+        f"{what}/{about}/{now:%Y-%m-%d}",
         subject=f"stagecal: {what}",
         body=site.templates.render("mails/alarm.txt", what=what, text=text),
         to=[site.config.mail.maintainer],
@@ -268,30 +271,62 @@ def deliver_due(site: Site, now: datetime) -> datetime | None:
     for mail in site.ledger.unsent_mails():
         request = site.ledger.get(mail.request) if mail.request else None
         waits = request is not None and request.state in (State.STAGED, State.REFUSED, State.FAILED)
-        if waits and not mail.accepted:
+        if waits and mail.kind in _AWAITED and not mail.accepted:
             continue
-        if mail.kind is MailKind.DELIVERED and request is not None and mail.pending(now):
-            _judge_copies(site, request, mail, now)
-        sent = deliver(site, site.ledger.mail(mail.message_id) or mail, now)
+        try:
+            if mail.kind is MailKind.DELIVERED and request is not None and not _may_leave(site, request, mail, now):
+                continue
+        except (TransientError, FatalError) as trouble:
+            log.warning("copies of the mail of request %s have to wait: %s", mail.request, trouble)
+            upcoming.append(now + timedelta(minutes=5))
+            continue
+        sent = deliver(site, mail, now)
         if any(one.state is RecipientState.PENDING for one in sent.recipients):
-            upcoming.append(sent.next_attempt or now)
+            upcoming.append(sent.next_attempt or now + timedelta(minutes=1))
     return min(upcoming, default=None)
 
 
-def _judge_copies(site: Site, request: Request, mail: OutboxMail, now: datetime) -> None:
-    """Before copies with the link leave on a later day, ask again; drop them if the answer is no."""
-    if request.judged_on == now.date():
-        return
-    judgement = judge_request(site, request, now)
-    if judgement.verdict is None:
-        site.ledger.commit(request, now=now, step=judgement.step, judged_on=now.date())
-        return
+_AWAITED = frozenset({MailKind.DELIVERED, MailKind.REFUSAL, MailKind.FAILED})
+"""The kinds that a step of their request sends itself."""
+
+
+def _may_leave(site: Site, request: Request, mail: OutboxMail, now: datetime) -> bool:
+    """Return whether (copies of) a mail with a link may leave now; if they never may again, they are dropped."""
+    if not mail.pending(now):
+        return True
+    if request.verdict is None and request.outcome in (None, Outcome.DELIVERED) and not request.wish:
+        if request.state is State.WITHDRAWING:
+            return drop_pending(site, mail, "the request was withdrawn")
+        if request.judged_on == now.date() or request.origin is Origin.OPERATOR:
+            return True
+        judgement = judge_request(site, request, now)
+        if judgement.verdict is None:
+            site.ledger.commit(request, now=now, step=judgement.step, judged_on=now.date())
+            return True
+        return drop_pending(site, mail, judgement.verdict)
+    return drop_pending(site, mail, request.verdict or "the request was withdrawn")
+
+
+def drop_pending(site: Site, mail: OutboxMail, why: str) -> bool:
+    """Give the pending recipients of a mail up; returns False."""
     dropped = [
-        replace(one, state=RecipientState.DROPPED, text=f"not sent: {judgement.verdict}")
+        replace(one, state=RecipientState.DROPPED, not_before=None, text=f"not sent: {why}")
         for one in mail.recipients
         if one.state is RecipientState.PENDING
     ]
     site.ledger.update_recipients(mail.id, dropped)
+    return False
+
+
+def _only_to_the_unreached(site: Site, request: Request, mail: NewMail) -> NewMail:
+    """Leave out the copies that an earlier round's mail has brought already: nobody gets a link twice."""
+    reached: set[str] = set()
+    for earlier in range(request.round):
+        identity = f"{request.id}/{earlier}"
+        before = site.ledger.mail(message_id(mail.kind, identity, site.config.mail.message_id_domain))
+        if before is not None:
+            reached |= {one.address for one in before.recipients if one.state is RecipientState.ACCEPTED}
+    return replace(mail, copies=tuple(address for address in mail.copies if address not in reached))
 
 
 def _enqueued(site: Site, request: Request, mail: NewMail, now: datetime) -> OutboxMail:
@@ -325,7 +360,8 @@ def step_staged(site: Site, request: Request, now: datetime) -> Request:
                 request, now=now, to=State.REFUSED, step=judgement.step, verdict=judgement.verdict, judged_on=now.date()
             )
         request = site.ledger.commit(request, now=now, step=judgement.step, judged_on=now.date())
-    mail = deliver(site, _enqueued(site, request, delivered_mail(site, request, now), now), now)
+    new = _only_to_the_unreached(site, request, delivered_mail(site, request, now))
+    mail = deliver(site, _enqueued(site, request, new, now), now)
     if mail.accepted:
         return _notified(site, request, now)
     if mail.refused:
@@ -385,7 +421,7 @@ def step_refused(site: Site, request: Request, now: datetime) -> Request:
             to=State.HELD,
             step=Step("notify", "does the contact's address accept it?", "refused for good", "HELD"),
             reason=f"the address {request.contact} is refused: {mail.primary[0].text}",
-            mails=[alarm_mail(site, "a refusal cannot be delivered", f"request {request.id}", now)],
+            mails=[alarm_mail(site, "a refusal cannot be delivered", f"request {request.id}", now, about=request.id)],
         )
     return site.ledger.commit(request, now=now, not_before=mail.next_attempt, reason=mail.primary[0].text)
 

@@ -85,7 +85,6 @@ def page_values(
         "auxiliary": sorted((file for file in files if not file.execution_block), key=lambda file: file.name),
         "absent": [sanitized(block) for block in sorted(absent)],
         "total": sum(file.size for file in files),
-        "names": sorted([*(file.name for file in files), *(name for name in PAPERS if name != "SHA256SUMS")]),
     }
 
 

@@ -7,7 +7,6 @@ import json
 import os
 import pty
 import select
-import signal
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ import pytest
 
 from stagecal.cli import main as stagecal
 from stagecal.cli import trigger_calms
+from stagecal.ports import JobHandle, TransientError
 from tests.sites import SiteForTests, make_test_site
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -133,11 +133,10 @@ class Commands:
                 process.kill()
             with contextlib.suppress(subprocess.TimeoutExpired, ValueError):
                 process.communicate(timeout=5)
-        for pid_file in self.site.config.cluster.work_area.glob("WORK*/*pid*"):
-            with contextlib.suppress(OSError, ValueError):
-                pid = int(pid_file.read_text().split()[0])
-                if str(self.site.directory).encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
-                    os.killpg(os.getpgid(pid), signal.SIGKILL)
+        for request in self.site.site.ledger.open_requests():
+            if request.holds_slot:
+                with contextlib.suppress(TransientError):
+                    self.site.site.nodes.cancel(JobHandle(request.node, request.work, request.nonce))
 
 
 @pytest.fixture
