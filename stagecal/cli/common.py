@@ -34,7 +34,8 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: {message} (see {self.prog} --help)", file=sys.stderr)
+        line = "".join(character if character.isprintable() else "?" for character in message)
+        print(f"{self.prog}: {line} (see {self.prog} --help)", file=sys.stderr)
         raise SystemExit(BAD_ARGUMENT)
 
 
@@ -64,19 +65,24 @@ def load(arguments: argparse.Namespace) -> Config:
 
 def run(program: str, work: Callable[[], int]) -> NoReturn:
     """Do the command's work and leave the program with its exit code; errors become lines, never a traceback."""
-    raise SystemExit(_outcome(program, work))
+    if sys.stdout is not None and hasattr(sys.stdout, "reconfigure"):
+        # A terminal that cannot show a letter must not turn what was done into a failure.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    raise SystemExit(outcome(program, work))
 
 
-def _outcome(program: str, work: Callable[[], int]) -> int:
+def outcome(program: str, work: Callable[[], int]) -> int:
+    """Do the work; return its exit code, or the one that belongs to its error, which is told in a line."""
     try:
         code = work()
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
         return code
     except CommandError as error:
         return _told(program, error, error.exit_code)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         print(file=sys.stderr)
-        return INTERRUPTED
+        return _told(program, interrupt, INTERRUPTED) if str(interrupt) else INTERRUPTED
     except BrokenPipeError:
         # Whoever read our output has gone; the interpreter must not complain about it at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -116,7 +122,8 @@ def print_json(value: Any) -> None:
     """Print a value as JSON for programs."""
     import json
 
-    print(json.dumps(value, indent=1, ensure_ascii=False, default=str))
+    plain = sys.stdout is None or sys.stdout.encoding.lower() not in ("utf-8", "utf8")
+    print(json.dumps(value, indent=1, ensure_ascii=plain, default=str))
 
 
 def only_the_service(state_directory: Path) -> None:

@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("ticket", metavar="TICKET", help="helpdesk ticket number")
     made.add_argument("mark", metavar="X", nargs="?", choices=["X"], help="the letter X before calibrator fields")
     made.add_argument("calfields", metavar="CALFIELDS", nargs="?", help="exact field names, separated by commas")
-    made.add_argument("--user", metavar="EMAIL", default="", help="check that this person is entitled")
+    made.add_argument("--user", metavar="EMAIL", help="check that this person is entitled")
     return made
 
 
@@ -65,23 +65,29 @@ def _stage(options: argparse.Namespace) -> int:
         raise UsageError("X must be followed by the calibrator fields; leave both out for all data")
     project, mous, ticket = parse_project(options.project), parse_uid(options.mous), parse_ticket(options.ticket)
     calfields = parse_calfields(options.calfields) if options.mark else ()
-    email = parse_address(options.user) if options.user else ""
+    # Without --user nobody's entitlement is checked; an empty address is a slip that must never mean the same.
+    email = parse_address(options.user) if options.user is not None else ""
     config = load(options)
     only_the_service(config.state.directory)
     site = wiring.site(config)
-    request = _joined(site, project, mous, ticket, calfields, email)
+    request, printed = _joined(site, project, mous, ticket, calfields, email)
     worker = _Worker(config, site)
     worker.start()
     try:
-        return _follow(site, request)
+        code = _follow(site, request, worker, printed)
     except KeyboardInterrupt:
-        return _interrupted(site, request)
-    finally:
-        worker.stop()
+        code = _interrupted(site, request)
+    worker.stop()
+    return code
 
 
-def _joined(site: Site, project: str, mous: str, ticket: str, calfields: tuple[str, ...], email: str) -> Request:
-    """Return the open request of the same command, started again if it was held, else a new one."""
+def _joined(
+    site: Site, project: str, mous: str, ticket: str, calfields: tuple[str, ...], email: str
+) -> tuple[Request, int]:
+    """Return the open request of the same command, started again if it was held, else a new one.
+
+    The number says how many lines of its terminal output belong to an earlier attempt.
+    """
     import getpass
 
     from stagecal.domain.records import Step
@@ -96,10 +102,13 @@ def _joined(site: Site, project: str, mous: str, ticket: str, calfields: tuple[s
             calfields,
             email,
         )
-        if one.origin is Origin.OPERATOR and same:
+        going_away = one.wish == "withdraw" or one.state is State.WITHDRAWING
+        if one.origin is Origin.OPERATOR and same and not going_away:
+            printed = 0
             if one.state is State.HELD:
+                printed = max((number for number, _ in site.ledger.terminal(one.id)), default=0)
                 site.ledger.set_wish(one.id, "retry", now)
-            return one
+            return one, printed
     request = Request(
         id=request_id("operator", site.new_secret()),
         sequence=0,
@@ -120,11 +129,11 @@ def _joined(site: Site, project: str, mous: str, ticket: str, calfields: tuple[s
     )
     by = f"typed by {getpass.getuser()}: {request.command_line}"
     added = site.ledger.add(request, Step("receive", "who asks?", by, "RECEIVED"))
-    return added or request
+    return added or request, 0
 
 
 class _Worker(threading.Thread):
-    """Does the rounds while no daemon does them."""
+    """Does the rounds while no daemon does them. `trouble` is what ended it before its time."""
 
     def __init__(self, config: Config, site: Site) -> None:
         super().__init__(daemon=True, name="rounds")
@@ -132,15 +141,23 @@ class _Worker(threading.Thread):
         self._site = site
         self._ended = threading.Event()
         self._wake = threading.Event()
+        self._rounds: Rounds | None = None
+        self.trouble: Exception | None = None
 
     def run(self) -> None:
+        try:
+            self._work()
+        except Exception as trouble:
+            self.trouble = trouble
+
+    def _work(self) -> None:
         from concurrent.futures import ThreadPoolExecutor
 
         from stagecal import wiring
         from stagecal.services.rounds import Rounds
 
         executor = ThreadPoolExecutor(max_workers=4, thread_name_prefix="step")
-        rounds = Rounds(self._site, executor=executor, wake=self._wake.set)
+        self._rounds = rounds = Rounds(self._site, executor=executor, wake=self._wake.set)
         while not self._ended.is_set():
             self._wake.clear()
             pause = 1.0
@@ -155,13 +172,19 @@ class _Worker(threading.Thread):
         self._wake.set()
         self.join(timeout=5)
 
+    def is_busy(self) -> bool:
+        """Return whether a step is being taken that may last: a mail server that is silent, a large tar file."""
+        return self._rounds is not None and any(not future.done() for future in self._rounds.in_flight.values())
 
-def _follow(site: Site, request: Request) -> int:
+
+def _follow(site: Site, request: Request, worker: _Worker, printed: int) -> int:
     """Print the terminal output as it comes until the request ends or needs a person."""
     from stagecal.domain.requests import Outcome, State
 
-    printed, place = 0, ""
+    place = ""
     while True:
+        if worker.trouble is not None:
+            raise worker.trouble
         current = site.ledger.get(request.id)
         for number, line in site.ledger.terminal(request.id, printed):
             print(line, flush=True)

@@ -65,10 +65,15 @@ def _place_all(options: argparse.Namespace) -> int:
     from stagecal.ports import UsageError
     from stagecal.services.requesting import Placement, place
 
-    uids = list(dict.fromkeys([options.mous, *options.also]))
-    if len(uids) > MAXIMUM_MOUS:
-        raise UsageError(f"{len(uids)} MOUSs are too many: at most {MAXIMUM_MOUS} for one ticket")
     faults: list[str] = []
+    uids: dict[str, str] = {}
+    for text in (options.mous, *options.also):
+        try:
+            uids[parse_uid(text)] = ""
+        except Malformed as fault:
+            uids[text] = str(fault)
+    if len(uids) > MAXIMUM_MOUS:
+        faults.append(f"{len(uids)} MOUSs are too many: at most {MAXIMUM_MOUS} for one ticket")
 
     def checked(parse: Callable[[str], str], text: str) -> str:
         try:
@@ -89,16 +94,14 @@ def _place_all(options: argparse.Namespace) -> int:
         except Malformed as fault:
             faults.append(str(fault))
     if faults:
-        raise UsageError("\n".join(faults))
+        raise UsageError("\n".join([*faults, *filter(None, uids.values())]))
     config = load(options)
     contact = _contact(config, options.contact)
     desk = wiring.desk(config)
     placements: list[Placement] = []
-    for text in uids:
-        try:
-            mous = parse_uid(text)
-        except Malformed as fault:
-            placements.append(Placement(text, BAD_ARGUMENT, "refused", str(fault)))
+    for mous, fault_of_uid in uids.items():
+        if fault_of_uid:
+            placements.append(Placement(mous, BAD_ARGUMENT, "refused", fault_of_uid))
         else:
             trigger = Trigger(contact, config.mail.maintainer, mous, project, calfields, user, email, ticket)
             placements.append(place(desk, trigger, confirm=lambda q: options.yes or ask(q), dry_run=options.dry_run))
@@ -117,7 +120,10 @@ def _contact(config: Config, given: str | None) -> str:
     if contact is None:
         import getpass
 
-        login = getpass.getuser()
+        try:
+            login = getpass.getuser()
+        except (KeyError, OSError):
+            raise UsageError("your login name is not known here: use --contact EMAIL") from None
         contact = config.mail.contact_map.get(login)
         if contact is None and config.mail.contact_domains:
             contact = f"{login}@{config.mail.contact_domains[0]}"
@@ -134,7 +140,8 @@ def _contact(config: Config, given: str | None) -> str:
 def _tell(placement: Placement) -> None:
     if placement.exit_code:
         print(f"{placement.mous}: {placement.message}", file=sys.stderr)
-        return
+        if not placement.text:
+            return
     print(f"{placement.mous}: {placement.status}")
     if placement.path:
         print(f"  trigger file  {placement.path}")
@@ -142,9 +149,11 @@ def _tell(placement: Placement) -> None:
         print(f"  verdict now   {placement.verdict_now}")
         if placement.advice:
             print(f"                {placement.advice}")
-        print("  trigger file and mail to AOG, the contact and the maintainer would be:")
+        for header, value in placement.headers.items():
+            print(f"  mail          {header}: {value}")
+        print("  text of trigger file and mail:")
         print("".join(f"    {line}\n" for line in placement.text.splitlines()), end="")
     for address, reply in placement.mail.items():
         print(f"  mail to       {address}: {reply}")
-    for warning in placement.warnings:
+    for warning in placement.warnings if not placement.exit_code else ():
         print(f"{placement.mous}: WARNING: {warning}", file=sys.stderr)

@@ -17,9 +17,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from stagecal.cli.common import DONE, FORBIDDEN, load, only_the_service, parser
+from stagecal.cli.common import DONE, FORBIDDEN, load, only_the_service, outcome, parser
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from stagecal.adapters.lease import Lease
     from stagecal.adapters.watch import DirectoryWatch
     from stagecal.config import Config
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("stagecal.watch")
 
+PROGRAM = "stagecal watch"
 _THREADS = 12
 _BEAT_S = 10
 _HOUSEKEEPING_S = 3600
@@ -58,10 +61,7 @@ def command(options: argparse.Namespace, _name: str) -> int:
     if lease.predecessor:
         log.warning("took the lease over from %s", lease.predecessor)
     daemon = _daemon(config, site, lease)
-    try:
-        return daemon.run(until_idle=options.until_idle)
-    finally:
-        daemon.close()
+    return daemon.close(outcome(PROGRAM, lambda: daemon.run(until_idle=options.until_idle)))
 
 
 def _log_to_stderr(config: Config) -> None:
@@ -121,6 +121,7 @@ class _Daemon:
         import schedule
 
         from stagecal.adapters.service_notify import notify, status, watchdog_interval_s
+        from stagecal.ports import TransientError
 
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._end)
@@ -137,7 +138,12 @@ class _Daemon:
             self._housekeep()
             if not self.watch.healthy() and self.watch.renew():
                 log.info("the watch on %s is renewed", self.config.triggers.directory)
-            result = self.rounds.run()
+            try:
+                result = self.rounds.run()
+            except TransientError as trouble:
+                log.error("%s: trying again", trouble)
+                self.ended.wait(_BEAT_S)
+                continue
             if not ready:
                 ready = notify("READY=1") or True
                 log.info("watching %s", self.config.triggers.directory)
@@ -156,25 +162,29 @@ class _Daemon:
         log.info("ended; jobs go on, the next start finds them")
         return DONE
 
-    def close(self) -> None:
-        """End the watch, give the lease back, and leave: a step that packs for hours is done again after the start."""
+    def close(self, code: int) -> int:
+        """End the watch, give the lease back, and return the exit code.
+
+        A step that is still at work (packing takes hours) is not waited for, least of all when another daemon holds
+        the lease now: it is done again by the next one.
+        """
         self.watch.stop()
         busy = any(not future.done() for future in self.rounds.in_flight.values())
         self.executor.shutdown(wait=not busy, cancel_futures=True)
         self.lease.release()
-        if busy and self.ended.is_set():
+        if busy:
             logging.shutdown()
-            os._exit(DONE)
+            sys.stderr.flush()
+            os._exit(code)
+        return code
 
     def _end(self, *_: object) -> None:
         self.ended.set()
         self.wake.set()
 
-    def _sleep(self, next_at: object, ping_s: float, *, until_idle: bool) -> None:
-        from datetime import datetime
-
+    def _sleep(self, next_at: datetime | None, ping_s: float, *, until_idle: bool) -> None:
         pause = min(ping_s, _BEAT_S, self.config.triggers.scan_interval_s)
-        if isinstance(next_at, datetime):
+        if next_at is not None:
             pause = min(pause, max(0.0, (next_at - self.site.clock.now()).total_seconds()))
         if until_idle:
             pause = min(pause, 0.2)
@@ -185,6 +195,8 @@ class _Daemon:
         if time.monotonic() - self.beat_at >= _BEAT_S or not self.beat_at:
             self.lease.beat(self.site.clock.now())
             self.beat_at = time.monotonic()
+        else:
+            self.lease.check()
 
     def _housekeep(self) -> None:
         if time.monotonic() - self.housekept_at >= _HOUSEKEEPING_S or not self.housekept_at:

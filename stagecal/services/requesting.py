@@ -7,14 +7,15 @@ clear message; a trigger never appears without its mail having been tried first.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 from stagecal.config import Config
 from stagecal.domain.archive_facts import MousFacts
 from stagecal.domain.identifiers import is_cycle_0, sanitized
 from stagecal.domain.mails import Mail, compose
-from stagecal.domain.trigger import Trigger, render, subject
+from stagecal.domain.trigger import Trigger, render, subject, trigger_name
 from stagecal.domain.verdicts import CYCLE_0_TEXT, NO_QA0_PASS_TEXT, advice, judge
 from stagecal.ports import Archive, Clock, FatalError, Mailer, MailReply, TransientError, Triggers
 from stagecal.services.notifying import request_message_id
@@ -36,7 +37,8 @@ class Desk:
 @dataclass(frozen=True)
 class Placement:
     """What became of one request. `exit_code` as design'ed for every command: 0 placed, 3 refused, 4 not confirmed,
-    5 the surroundings failed. `mail` is what became of each recipient of the request mail.
+    5 the surroundings failed. `mail` is what became of each recipient of the request mail. A dry run fills `trigger`,
+    `path`, `headers` (of the mail) and `text` with what would be written and sent now.
     """
 
     mous: str
@@ -45,6 +47,7 @@ class Placement:
     message: str
     trigger: str = ""
     path: str = ""
+    headers: dict[str, str] = field(default_factory=dict)
     text: str = ""
     message_id: str = ""
     verdict_now: str = ""
@@ -56,7 +59,8 @@ class Placement:
 def place(desk: Desk, trigger: Trigger, *, confirm: Callable[[str], bool], dry_run: bool) -> Placement:
     """Check and place one request, or say why not. `confirm` is asked where an active request exists already.
 
-    A dry run asks the archive and touches nothing; it ends with the same exit code, except that it asks no question.
+    A dry run asks the same questions and touches nothing; it ends with the same exit code. Raises KeyboardInterrupt,
+    with what is known of the request, if it is interrupted.
     """
     if is_cycle_0(trigger.project):
         return _refused(trigger, f"ERROR: {trigger.project} is a Cycle 0 project. {CYCLE_0_TEXT} Do not contact AOG.")
@@ -70,27 +74,36 @@ def place(desk: Desk, trigger: Trigger, *, confirm: Callable[[str], bool], dry_r
         return _surroundings(trigger, f"nothing was placed: {trouble}")
     warnings = tuple(f"there is an active request for this MOUS already: {name}" for name in active)
     now = desk.clock.now()
+    confirmed = not active or confirm(f"WARNING: {warnings[0]}. Place another one?")
+    placement = Placement(
+        mous=trigger.mous,
+        exit_code=DONE if confirmed else NOT_CONFIRMED,
+        status="would be placed" if confirmed else "not confirmed",
+        message="dry run: nothing was written or sent"
+        if confirmed
+        else f"nothing was placed: {warnings[0]} (use --yes to place another one all the same)",
+        warnings=warnings,
+    )
     if dry_run:
-        verdict = judge(facts, project=trigger.project, email=trigger.email, calfields=trigger.calfields, now=now)
-        return Placement(
-            mous=trigger.mous,
-            exit_code=DONE,
-            status="would be placed",
-            message="dry run: nothing was written or sent",
-            text=render(trigger),
-            verdict_now=verdict.value if verdict else "yes",
-            advice=advice(verdict) if verdict else "",
-            warnings=warnings,
-        )
-    if active and not confirm(f"WARNING: {warnings[0]}. Place another one?"):
-        return Placement(
-            mous=trigger.mous,
-            exit_code=NOT_CONFIRMED,
-            status="not confirmed",
-            message=f"nothing was placed: {warnings[0]} (use --yes to place another one all the same)",
-            warnings=warnings,
-        )
-    return _write_mail_publish(desk, trigger, now, warnings)
+        return _shown(desk, trigger, facts, now, placement)
+    return _write_mail_publish(desk, trigger, now, warnings) if confirmed else placement
+
+
+def _shown(desk: Desk, trigger: Trigger, facts: MousFacts | None, now: datetime, placement: Placement) -> Placement:
+    """Return the placement with what would be written and sent, and what the daemon would say to it today."""
+    verdict = judge(facts, project=trigger.project, email=trigger.email, calfields=trigger.calfields, now=now)
+    name = trigger_name(trigger.mous, now)
+    mail = request_mail(desk.config, trigger, name)
+    return replace(
+        placement,
+        trigger=name,
+        path=str(desk.config.triggers.directory / name),
+        headers={"To": ", ".join(mail.to), "Cc": ", ".join(mail.cc), "Subject": mail.subject},
+        text=mail.body,
+        message_id=mail.message_id,
+        verdict_now=verdict.value if verdict else "yes",
+        advice=advice(verdict) if verdict else "",
+    )
 
 
 def _fault(trigger: Trigger, facts: MousFacts | None) -> str:
@@ -113,12 +126,13 @@ def active_triggers(triggers: Triggers, mous: str) -> list[str]:
 def _write_mail_publish(desk: Desk, trigger: Trigger, now: datetime, warnings: tuple[str, ...]) -> Placement:
     text = render(trigger)
     name = ""
-    mailed = published = False
+    sending = mailed = published = False
     results: dict[str, str] = {}
     try:
         name = desk.triggers.reserve(trigger.mous, now)
         desk.triggers.write_reserved(name, text.encode())
         mail = request_mail(desk.config, trigger, name)
+        sending = True
         answers = desk.mailer.send(desk.config.mail.envelope_sender or mail.sender, mail.recipients, compose(mail, now))
         results = {
             address: result.reply + (f" ({result.text})" if result.reply is not MailReply.ACCEPTED else "")
@@ -132,7 +146,12 @@ def _write_mail_publish(desk: Desk, trigger: Trigger, now: datetime, warnings: t
             return _surroundings(
                 trigger, f"nothing was placed: AOG's mail was not accepted: {results[aog]}{told}", results
             )
-        desk.triggers.publish(name)
+        try:
+            desk.triggers.publish(name)
+        except TransientError as trouble:
+            if not _has_appeared(desk, name):
+                raise
+            warnings += (f"the trigger stands in its place, but its disk may forget it: {trouble}",)
         published = True
         unsure = [address for address, result in answers.items() if result.reply is MailReply.UNKNOWN]
         missed = [address for address in answers if address not in left]
@@ -154,9 +173,23 @@ def _write_mail_publish(desk: Desk, trigger: Trigger, now: datetime, warnings: t
     except (TransientError, FatalError) as trouble:
         told = "; the mail went out already: tell AOG that no trigger stands behind it" if mailed else ""
         return _surroundings(trigger, f"nothing was placed: {trouble}{told}", results)
+    except KeyboardInterrupt:
+        published = published or _has_appeared(desk, name)
+        if published:
+            raise KeyboardInterrupt(f"interrupted, but placed: {name}") from None
+        told = "; its mail may have gone out already: tell AOG that no trigger stands behind it" if sending else ""
+        raise KeyboardInterrupt(f"interrupted: nothing was placed for {trigger.mous}{told}") from None
     finally:
         if name and not published:
-            desk.triggers.abandon(name)
+            # What cannot be removed now is invisible, and the daemon removes it later.
+            with suppress(TransientError, FatalError):
+                desk.triggers.abandon(name)
+
+
+def _has_appeared(desk: Desk, name: str) -> bool:
+    with suppress(TransientError, FatalError):
+        return any(entry.name == name for entry in desk.triggers.look().entries)
+    return False
 
 
 _LEFT = frozenset({MailReply.ACCEPTED, MailReply.UNKNOWN})

@@ -69,7 +69,7 @@ def nothing_happened(site: SiteForTests) -> bool:
 def parsed(mail: str) -> EmailMessage:
     """The mail as a mail program reads it, without the envelope that the maildir keeps above it."""
     headers = re.sub(r"\AX-Envelope-To: .*\nX-Envelope-From: .*\n", "", mail)
-    return cast(EmailMessage, email.message_from_string(headers, policy=email.policy.default))
+    return cast(EmailMessage, email.message_from_bytes(headers.encode(), policy=email.policy.default))
 
 
 def the_trigger(site: SiteForTests) -> Trigger:
@@ -154,7 +154,7 @@ def test_names_in_any_script_arrive_unharmed_in_file_and_mail(site: SiteForTests
 
 
 def test_names_arrive_unharmed_from_a_real_command_line_of_an_old_locale(commands: Commands) -> None:
-    ended = commands.run("trigger-calms", *order(user="Süß 李"), PYTHONUTF8="0", LC_ALL="C")
+    ended = commands.run("trigger-calms", *order(user="Süß 李"), PYTHONUTF8="", LC_ALL="C")
     assert (ended.code, ended.err) == (0, "")
     assert the_trigger(commands.site).user == "Süß 李"
 
