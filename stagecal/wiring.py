@@ -12,7 +12,11 @@ from stagecal.resources import resource
 _T = TypeVar("_T")
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from stagecal.adapters.lease import Lease
     from stagecal.adapters.ledger import SqliteLedger
+    from stagecal.adapters.watch import DirectoryWatch
     from stagecal.services.context import Site
     from stagecal.services.requesting import Desk
 
@@ -189,3 +193,31 @@ def keep_triggers_tidy(config: Config, now: datetime) -> None:
         return
     for name in directory.strangers():
         log.warning("%r in the trigger directory is no trigger: left alone", name)
+
+
+def claim_lease(config: Config, now: datetime) -> Lease:
+    """Claim the trigger directory and the state directory for this daemon. Raises AlreadyRunningError."""
+    from stagecal.adapters.lease import claim
+
+    return claim(config.triggers.directory, config.state.directory, now=now)
+
+
+def directory_watch(config: Config, wake: Callable[[], None]) -> DirectoryWatch:
+    """Return the watch that calls `wake` when something happens in the trigger directory."""
+    from stagecal.adapters.watch import DirectoryWatch
+
+    return DirectoryWatch(config.triggers.directory, wake)
+
+
+def tell_service_manager(*lines: str) -> None:
+    """Tell systemd, if it started us, how we are."""
+    from stagecal.adapters.service_notify import notify
+
+    notify(*lines)
+
+
+def watchdog_interval_s() -> float | None:
+    """Return how often systemd wants to hear from us, None if it does not."""
+    from stagecal.adapters import service_notify
+
+    return service_notify.watchdog_interval_s()

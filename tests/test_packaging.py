@@ -106,7 +106,7 @@ def run(installed: Path, tmp_path: Path) -> Run:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=500,  # `init` may have to make the CASA worker environment first.
             check=False,
         )
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import jinja2
 
+from stagecal.domain.sizes import readable_size
 from stagecal.ports import FatalError
 
 
@@ -41,7 +42,7 @@ class JinjaTemplates:
 
     def check(self) -> int:
         """Read every template; return how many there are. Raises FatalError for one that is broken."""
-        names = [name for name in self.names() if not name.endswith(".pyc")]
+        names = self.names()
         for name in names:
             try:
                 self._environment.get_template(name)
@@ -51,14 +52,5 @@ class JinjaTemplates:
 
     def names(self) -> list[str]:
         """Return the names of all templates."""
-        return self._environment.list_templates()
-
-
-def readable_size(size: int) -> str:
-    """Return a number of bytes as people read it: 5.77 GB (decimal units)."""
-    value = float(size)
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit == "bytes" else f"{value:.2f} {unit}"
-        value /= 1000
-    return f"{value:.2f} TB"
+        # pip compiles Python files when it installs them, the scripts for CASA among them.
+        return [name for name in self._environment.list_templates() if "__pycache__" not in name]

@@ -32,8 +32,8 @@ def make_parser(program: str) -> argparse.ArgumentParser:
 def command(options: argparse.Namespace, _name: str) -> int:
     """Plan, then act."""
     from stagecal import wiring
-    from stagecal.adapters.templates import readable_size
     from stagecal.domain.identifiers import masked_token
+    from stagecal.domain.sizes import readable_size
     from stagecal.services.notifying import alarm_mail, deliver_due
     from stagecal.services.sweeping import know_root, plan, sweep
 

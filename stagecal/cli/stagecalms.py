@@ -6,6 +6,7 @@ open requests itself, because the queue is one.
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from stagecal.config import Config
     from stagecal.domain.requests import Request
     from stagecal.services.context import Site
+    from stagecal.services.rounds import Rounds
 
 PROGRAM = "stagecalms"
 _LOOK_S = 0.05
@@ -76,7 +78,12 @@ def _stage(options: argparse.Namespace) -> int:
     try:
         code = _follow(site, request, worker, printed)
     except KeyboardInterrupt:
+        worker.stop()
         code = _interrupted(site, request)
+        if worker.is_busy():
+            # The step is taken again by the daemon or the next command: nobody has to wait for it here.
+            sys.stdout.flush()
+            os._exit(code)
     worker.stop()
     return code
 
@@ -233,7 +240,8 @@ def _interrupted(site: Site, request: Request) -> int:
     if current.state in (State.RECEIVED, State.ACCEPTED):
         site.ledger.set_wish(request.id, "withdraw", site.clock.now())
         advance(site, request.id)
-        print(f"\n{PROGRAM}: withdrawn", file=sys.stderr)
+        ended = site.ledger.get(request.id).state is State.CLOSED
+        print(f"\n{PROGRAM}: withdrawn" + ("" if ended else " at its next step"), file=sys.stderr)
     else:
         print(
             f"\n{PROGRAM}: detached; the staging goes on with the daemon or the same command (stagecal status "

@@ -50,14 +50,13 @@ def make_parser(program: str) -> argparse.ArgumentParser:
 def command(options: argparse.Namespace, _name: str) -> int:
     """Run until told to stop, or until idle."""
     from stagecal import wiring
-    from stagecal.adapters.lease import claim
 
     config = load(options)
     _log_to_stderr(config)
     config.state.directory.mkdir(parents=True, exist_ok=True)
     only_the_service(config.state.directory)
     site = wiring.site(config)
-    lease = claim(config.triggers.directory, config.state.directory, now=site.clock.now())
+    lease = wiring.claim_lease(config, site.clock.now())
     if lease.predecessor:
         log.warning("took the lease over from %s", lease.predecessor)
     daemon = _daemon(config, site, lease)
@@ -76,7 +75,6 @@ def _log_to_stderr(config: Config) -> None:
 
 def _daemon(config: Config, site: Site, lease: Lease) -> _Daemon:
     from stagecal import wiring
-    from stagecal.adapters.watch import DirectoryWatch
     from stagecal.services.receiving import Receiver
     from stagecal.services.rounds import Rounds
     from stagecal.services.sweeping import know_root
@@ -96,7 +94,7 @@ def _daemon(config: Config, site: Site, lease: Lease) -> _Daemon:
         wake=wake,
         executor=executor,
         rounds=Rounds(site, Receiver(site), executor, wake.set),
-        watch=DirectoryWatch(config.triggers.directory, wake.set),
+        watch=wiring.directory_watch(config, wake.set),
         ended=threading.Event(),
     )
 
@@ -120,7 +118,7 @@ class _Daemon:
     def run(self, *, until_idle: bool) -> int:
         import schedule
 
-        from stagecal.adapters.service_notify import notify, status, watchdog_interval_s
+        from stagecal import wiring
         from stagecal.ports import TransientError
 
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -129,7 +127,7 @@ class _Daemon:
         # The schedule only wakes the loop: a look that an event did not ask for.
         looks = schedule.Scheduler()
         looks.every(max(1, int(self.config.triggers.scan_interval_s))).seconds.do(self.wake.set)
-        ping_s = (watchdog_interval_s() or 60.0) / 2
+        ping_s = (wiring.watchdog_interval_s() or 60.0) / 2
         self.watch.renew()
         ready = False
         while not self.ended.is_set():
@@ -145,10 +143,12 @@ class _Daemon:
                 self.ended.wait(_BEAT_S)
                 continue
             if not ready:
-                ready = notify("READY=1") or True
+                wiring.tell_service_manager("READY=1")
+                ready = True
                 log.info("watching %s", self.config.triggers.directory)
             if self._threads_live():
-                notify("WATCHDOG=1", status(f"{len(self.site.ledger.open_requests())} open requests"))
+                count = len(self.site.ledger.open_requests())
+                wiring.tell_service_manager("WATCHDOG=1", f"STATUS={count} open requests")
             if result.moved:
                 continue
             if until_idle and not self.wake.is_set():
@@ -158,7 +158,7 @@ class _Daemon:
                     return FORBIDDEN
             self._sleep(result.next_at, ping_s, until_idle=until_idle)
             looks.run_pending()
-        notify("STOPPING=1")
+        wiring.tell_service_manager("STOPPING=1")
         log.info("ended; jobs go on, the next start finds them")
         return DONE
 

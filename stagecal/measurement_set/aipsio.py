@@ -44,6 +44,7 @@ class Cursor:
         self._depth = 0
 
     def take(self, length: int) -> bytes:
+        """Return the next bytes and move past them. Raises Damaged if there are not so many."""
         end = self.position + length
         if length < 0 or end > len(self.data):
             raise Damaged(f"ends at byte {len(self.data)} where {length} bytes are due from byte {self.position}")

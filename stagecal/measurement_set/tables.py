@@ -70,6 +70,7 @@ class Table:
 
     @property
     def verdict(self) -> Verdict:
+        """What is to be said of the table, the worst first."""
         if self.damage or self.lock.damage:
             return Verdict.BROKEN
         if self.unknown or self.description is None or self.true_rows is None:
