@@ -326,6 +326,14 @@ class StagingArea(Protocol):
         """Remove what an attempt left in the invisible directory of this token."""
         ...
 
+    def incoming_tokens(self) -> Iterable[str]:
+        """Return the tokens whose invisible directories are there."""
+        ...
+
+    def retired_tokens(self) -> Iterable[str]:
+        """Return the tokens whose withdrawn directories are not purged yet."""
+        ...
+
     def identity(self) -> str:
         """Return the identity of the root (a marker file made at first use). Raises TransientError if it has none
         although directories stand in it, or cannot be read."""
@@ -487,6 +495,10 @@ class Ledger(Protocol):
 
     def update_staging(self, staging: Staging, now: datetime) -> None:
         """Record a change of a staged directory."""
+        ...
+
+    def prune(self, before: datetime) -> None:
+        """Forget the bytes of mails that reached everybody before this time; what became of them stays on record."""
         ...
 
     def newest_time(self) -> datetime | None:

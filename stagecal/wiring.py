@@ -94,11 +94,11 @@ def desk(config: Config) -> Desk:
     )
 
 
-def ledger(config: Config) -> SqliteLedger:
-    """Return the ledger in the state directory."""
+def ledger(config: Config, *, anew: bool = False) -> SqliteLedger:
+    """Return the ledger in the state directory; `anew` makes a lost one."""
     from stagecal.adapters.ledger import SqliteLedger
 
-    return SqliteLedger(config.state.directory)
+    return SqliteLedger(config.state.directory, anew=anew)
 
 
 def templates(config: Config) -> Templates:
@@ -117,8 +117,8 @@ def nodes(config: Config) -> Nodes:
     return LocalNodes(config.cluster.work_area, node.name, node.labels, wrapper)
 
 
-def site(config: Config) -> Site:
-    """Return the whole site."""
+def site(config: Config, *, anew: bool = False) -> Site:
+    """Return the whole site; `anew` makes a lost ledger."""
     from stagecal.adapters.file_locks import FileLocks
     from stagecal.adapters.staging_area import FileStagingArea
     from stagecal.adapters.trigger_directory import TriggerDirectory
@@ -131,7 +131,7 @@ def site(config: Config) -> Site:
         triggers=TriggerDirectory(config.triggers.directory, config.triggers.owners),
         mailer=mailer(config),
         templates=templates(config),
-        ledger=ledger(config),
+        ledger=ledger(config, anew=anew),
         nodes=nodes(config),
         staging=FileStagingArea(config.staging.root),
         engines=engines(config),

@@ -45,7 +45,8 @@ CREATE TABLE requests (
     outcome TEXT, verdict TEXT, reason TEXT NOT NULL, not_before TEXT, attempts INTEGER NOT NULL, judged_on TEXT,
     execution_blocks TEXT NOT NULL, calibration TEXT NOT NULL, recipe TEXT NOT NULL, token TEXT NOT NULL,
     node TEXT NOT NULL, work TEXT NOT NULL, nonce TEXT NOT NULL, holds_slot INTEGER NOT NULL, lost_on TEXT NOT NULL,
-    seen_in TEXT NOT NULL, missing_since TEXT, wish TEXT NOT NULL, failed_with TEXT NOT NULL
+    seen_in TEXT NOT NULL, missing_since TEXT, wish TEXT NOT NULL, waits_for TEXT NOT NULL,
+    failed_with TEXT NOT NULL
 );
 CREATE INDEX open_requests ON requests (sequence) WHERE state <> 'CLOSED';
 CREATE INDEX requests_by_trigger ON requests (trigger_name);
@@ -62,7 +63,8 @@ CREATE TABLE mails (
 );
 CREATE TABLE recipients (
     mail INTEGER NOT NULL REFERENCES mails, address TEXT NOT NULL, is_primary INTEGER NOT NULL, state TEXT NOT NULL,
-    attempts INTEGER NOT NULL, not_before TEXT, text TEXT NOT NULL, PRIMARY KEY (mail, address)
+    attempts INTEGER NOT NULL, not_before TEXT, text TEXT NOT NULL, tried_since TEXT,
+    unconfirmed INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (mail, address)
 );
 CREATE INDEX pending_recipients ON recipients (mail) WHERE state = 'pending';
 CREATE TABLE stagings (
@@ -127,13 +129,20 @@ def _staging(row: sqlite3.Row) -> Staging:
 class SqliteLedger:
     """The Ledger port on one SQLite file below `directory`, shared by daemon and commands on this machine."""
 
-    def __init__(self, directory: Path, *, timeout_s: float = 20) -> None:
+    def __init__(self, directory: Path, *, timeout_s: float = 20, anew: bool = False) -> None:
+        """Open the ledger, or make an empty one at the first start.
+
+        A database that is missing although staged data are on record beside it was lost: that is a FatalError unless it
+        is to be made `anew`, because an empty ledger would do everything once more.
+        """
         self._directory = directory
         self._path = directory / "stagecal.db"
         self._sidecars = directory / "staged"
         self._lock = threading.RLock()
         with self._errors():
             new = not self._path.exists()
+            if new and not anew and self._sidecars.is_dir():
+                raise FatalError(f"the ledger {self._path} is gone: find it, or make it anew by `stagecal rebuild`")
             directory.mkdir(parents=True, exist_ok=True)
             self._sidecars.mkdir(mode=0o700, exist_ok=True)
             if new:
@@ -375,6 +384,8 @@ class SqliteLedger:
                             attempts=one["attempts"],
                             not_before=_from_column("not_before", one["not_before"]),
                             text=one["text"],
+                            tried_since=_from_column("not_before", one["tried_since"]),
+                            unconfirmed=bool(one["unconfirmed"]),
                         )
                         for one in recipients
                     ),
@@ -391,10 +402,19 @@ class SqliteLedger:
     def update_recipients(self, mail_id: int, recipients: Sequence[Recipient]) -> None:
         with self._transaction() as database:
             database.executemany(
-                "UPDATE recipients SET state = ?, attempts = ?, not_before = ?, text = ? "
-                "WHERE mail = ? AND address = ?",
+                "UPDATE recipients SET state = ?, attempts = ?, not_before = ?, text = ?, tried_since = ?, "
+                "unconfirmed = ? WHERE mail = ? AND address = ?",
                 [
-                    (one.state.value, one.attempts, _to_column(one.not_before), one.text, mail_id, one.address)
+                    (
+                        one.state.value,
+                        one.attempts,
+                        _to_column(one.not_before),
+                        one.text,
+                        _to_column(one.tried_since),
+                        int(one.unconfirmed),
+                        mail_id,
+                        one.address,
+                    )
                     for one in recipients
                 ],
             )
@@ -471,6 +491,14 @@ class SqliteLedger:
             request = None
         self._write_sidecar(staging, request)
 
+    def prune(self, before: datetime) -> None:
+        with self._transaction() as database:
+            database.execute(
+                "UPDATE mails SET message = x'' WHERE created_at < ? AND message <> x'' "
+                "AND id NOT IN (SELECT mail FROM recipients WHERE state = 'pending')",
+                (_to_column(before),),
+            )
+
     def _write_sidecar(self, staging: Staging, request: Request | None) -> None:
         """Repeat what decides about deletion in a file of its own, replaced atomically."""
         with self._lock, self._errors():
@@ -481,6 +509,9 @@ class SqliteLedger:
                 if request is None
                 else {name: _to_column(getattr(request, name)) for name in _REQUEST_FIELDS},
             }
+            if staging.purged_at is not None:
+                path.unlink(missing_ok=True)
+                return
             temporary = path.with_suffix(".part")
             descriptor = os.open(temporary, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)
             with os.fdopen(descriptor, "w", encoding="utf-8") as stream:

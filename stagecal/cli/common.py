@@ -59,8 +59,13 @@ def parser(program: str, description: str, example: str) -> Parser:
 def load(arguments: argparse.Namespace) -> Config:
     """Return the configuration that the arguments name. Raises UsageError with all its faults."""
     from stagecal.config import config_path, load_config
+    from stagecal.ports import UsageError
 
-    return load_config(config_path(arguments.config, os.environ), environ=os.environ)
+    path = config_path(arguments.config, os.environ)
+    try:
+        return load_config(path, environ=os.environ)
+    except RecursionError:
+        raise UsageError(f"{path}: is nested too deeply to be a configuration") from None
 
 
 def run(program: str, work: Callable[[], int]) -> NoReturn:

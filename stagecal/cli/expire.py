@@ -40,7 +40,7 @@ def command(options: argparse.Namespace, _name: str) -> int:
     config = load(options)
     only_the_service(config.state.directory)
     site = wiring.site(config)
-    now = _time(options.now) if options.now else site.clock.now()
+    now = _time(options.now) if options.now is not None else site.clock.now()
     with site.locks.try_lock("sweep") as free:
         if not free:
             raise CommandError(ALREADY_RUNNING, "another sweep is running")
@@ -59,9 +59,9 @@ def command(options: argparse.Namespace, _name: str) -> int:
             "now": now.isoformat(timespec="seconds").replace("+00:00", "Z"),
             "dry_run": options.dry_run,
             "refusal": planned.refusal or None,
-            "delete": [staging.token for staging in planned.delete],
-            "keep": dict(planned.keep),
-            "unknown": list(planned.unknown),
+            "delete": [masked_token(staging.token) for staging in planned.delete],
+            "keep": {masked_token(token): why for token, why in planned.keep.items()},
+            "unknown": [masked_token(token) for token in planned.unknown],
             "deleted": [],
             "freed": 0,
             "kept": [],
@@ -79,7 +79,14 @@ def command(options: argparse.Namespace, _name: str) -> int:
             raise CommandError(FORBIDDEN, f"nothing is deleted: {planned.refusal}")
         result = sweep(site, planned, now)
     if options.json:
-        print_json({**record, **vars(result)})
+        # What cron prints goes into mails and logs, and a token there would be a link to the data.
+        record |= {
+            "deleted": [masked_token(token) for token in result.deleted],
+            "freed": result.freed,
+            "kept": [masked_token(token) for token in result.kept],
+            "troubles": {masked_token(token): trouble for token, trouble in result.troubles.items()},
+        }
+        print_json(record)
     else:
         print(f"{len(result.deleted)} directories deleted, {readable_size(result.freed)} freed")
     for token, trouble in result.troubles.items():
@@ -92,6 +99,6 @@ def _time(text: str) -> datetime:
 
     try:
         time = datetime.fromisoformat(text)
-    except ValueError as error:
+        return time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)
+    except (ValueError, OverflowError) as error:
         raise UsageError(f"--now {text!r} is no time: write it as 2026-12-24T06:00:00Z") from error
-    return time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)

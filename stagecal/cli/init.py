@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from stagecal.cli.common import DONE, FORBIDDEN, CommandError, parser
+from stagecal.cli.common import BAD_ARGUMENT, DONE, FORBIDDEN, CommandError, parser
 
 
 def make_parser(program: str) -> argparse.ArgumentParser:
@@ -14,7 +14,7 @@ def make_parser(program: str) -> argparse.ArgumentParser:
     made = parser(
         program, "Make a self-contained site in a directory, to try and to test.", "stagecal init ~/stagecal-site"
     )
-    made.add_argument("directory", metavar="DIR", type=Path, help="a directory that does not exist or is empty")
+    made.add_argument("directory", metavar="DIR", help="a directory that does not exist or is empty")
     made.add_argument(
         "--no-data",
         action="store_true",
@@ -27,7 +27,9 @@ def command(options: argparse.Namespace, _name: str) -> int:
     """Make the site and say how to go on."""
     from stagecal.embedded import make_data, make_site
 
-    directory = options.directory.absolute()
+    if not options.directory:
+        raise CommandError(BAD_ARGUMENT, "the name of the directory is empty")
+    directory = Path(options.directory).absolute()
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise CommandError(FORBIDDEN, f"{directory} is there and not empty: name another directory")
     config = make_site(directory)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from stagecal.cli.common import BAD_ARGUMENT, run
+from stagecal.cli.common import BAD_ARGUMENT, DONE, run
 
 PROGRAM = "stagecal"
 
@@ -23,6 +23,7 @@ COMMANDS = {
     "extend": ("extend", "keep staged data longer"),
     "rebuild": ("rebuild", "make a lost ledger anew"),
     "doctor": ("doctor", "check configuration, directories, archive, nodes and mail"),
+    "ms": ("ms", "check, seal, repair, list the fields of, and lock measurement sets"),
     "init": ("init", "make a self-contained site in a directory"),
 }
 
@@ -31,13 +32,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run a subcommand and exit with its code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
-        print(_help())
-        raise SystemExit(0 if words else BAD_ARGUMENT)
+        run(PROGRAM, lambda: _show(_help(), DONE if words else BAD_ARGUMENT))
     if words[0] == "--version":
         from stagecal import __version__
 
-        print(f"stagecal {__version__}")
-        raise SystemExit(0)
+        run(PROGRAM, lambda: _show(f"stagecal {__version__}", DONE))
     name = words[0]
     if name not in COMMANDS:
         import difflib
@@ -50,6 +49,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     program = f"{PROGRAM} {name}"
     options = module.make_parser(program).parse_args(words[1:])
     run(program, lambda: module.command(options, name))
+
+
+def _show(text: str, code: int) -> int:
+    print(text)
+    return code
 
 
 def _help() -> str:

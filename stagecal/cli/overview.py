@@ -7,17 +7,19 @@ from datetime import datetime
 from typing import Any
 
 from stagecal.domain.identifiers import masked_token
-from stagecal.domain.requests import Outcome, Request, queue, uws_phase
+from stagecal.domain.requests import Outcome, Request, uws_phase
+from stagecal.domain.turns import Turns
 from stagecal.services.context import Site
+from stagecal.services.dispatching import turns_of
 
 
 def overview(site: Site, requests: Sequence[Request], *, show_urls: bool, now: datetime) -> list[dict[str, Any]]:
     """Return a record for each request. URLs are masked unless they are asked for: a link is a secret."""
-    waiting = [request.id for request in queue(site.ledger.open_requests(), now)]
-    return [_record(site, request, waiting, show_urls=show_urls) for request in requests]
+    queue = turns_of(site, now)
+    return [_record(site, request, queue, show_urls=show_urls) for request in requests]
 
 
-def _record(site: Site, request: Request, waiting: list[str], *, show_urls: bool) -> dict[str, Any]:
+def _record(site: Site, request: Request, queue: Turns, *, show_urls: bool) -> dict[str, Any]:
     staging = site.ledger.staging(request.token) if request.token else None
     there = staging is not None and staging.withdrawn_at is None
     gone = request.outcome is Outcome.DELIVERED and not there
@@ -35,7 +37,7 @@ def _record(site: Site, request: Request, waiting: list[str], *, show_urls: bool
         "email": request.email or None,
         "calfields": list(request.calfields),
         "origin": request.origin.value,
-        "position": waiting.index(request.id) + 1 if request.id in waiting else None,
+        "position": queue.place(request.id),
         "node": request.node or None,
         "job": request.work or None,
         "reason": request.reason or None,

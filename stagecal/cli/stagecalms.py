@@ -26,6 +26,7 @@ from stagecal.cli.common import (
 
 if TYPE_CHECKING:
     import argparse
+    from concurrent.futures import Future
 
     from stagecal.config import Config
     from stagecal.domain.requests import Request
@@ -73,7 +74,7 @@ def _stage(options: argparse.Namespace) -> int:
     only_the_service(config.state.directory)
     site = wiring.site(config)
     request, printed = _joined(site, project, mous, ticket, calfields, email)
-    worker = _Worker(config, site)
+    worker = _Worker(config, site, request.id)
     worker.start()
     try:
         code = _follow(site, request, worker, printed)
@@ -140,12 +141,18 @@ def _joined(
 
 
 class _Worker(threading.Thread):
-    """Does the rounds while no daemon does them. `trouble` is what ended it before its time."""
+    """Does the rounds while no daemon does them; beside a daemon, only the steps of the one request.
 
-    def __init__(self, config: Config, site: Site) -> None:
+    A daemon looks at its triggers at once, but at what was typed only now and then. Locks keep the two apart. `trouble`
+    is what ended the worker before its time.
+    """
+
+    def __init__(self, config: Config, site: Site, request_id: str) -> None:
         super().__init__(daemon=True, name="rounds")
         self._config = config
         self._site = site
+        self._request_id = request_id
+        self._step: Future[bool] | None = None
         self._ended = threading.Event()
         self._wake = threading.Event()
         self._rounds: Rounds | None = None
@@ -161,6 +168,7 @@ class _Worker(threading.Thread):
         from concurrent.futures import ThreadPoolExecutor
 
         from stagecal import wiring
+        from stagecal.services.life import advance
         from stagecal.services.rounds import Rounds
 
         executor = ThreadPoolExecutor(max_workers=4, thread_name_prefix="step")
@@ -172,6 +180,10 @@ class _Worker(threading.Thread):
                 next_at = rounds.run().next_at
                 if next_at is not None:
                     pause = min(1.0, max(0.05, (next_at - self._site.clock.now()).total_seconds()))
+            else:
+                pause = 0.2
+                if self._step is None or self._step.done():
+                    self._step = executor.submit(advance, self._site, self._request_id)
             self._wake.wait(pause)
 
     def stop(self) -> None:
@@ -181,7 +193,8 @@ class _Worker(threading.Thread):
 
     def is_busy(self) -> bool:
         """Return whether a step is being taken that may last: a mail server that is silent, a large tar file."""
-        return self._rounds is not None and any(not future.done() for future in self._rounds.in_flight.values())
+        steps = [*(self._rounds.in_flight.values() if self._rounds else ()), *([self._step] if self._step else ())]
+        return any(not future.done() for future in steps)
 
 
 def _follow(site: Site, request: Request, worker: _Worker, printed: int) -> int:
@@ -211,19 +224,19 @@ def _follow(site: Site, request: Request, worker: _Worker, printed: int) -> int:
 
 def _told_place(site: Site, request: Request, told: str) -> str:
     """Say once what the request waits for, on standard error."""
-    from stagecal.domain.requests import State, maker_of, queue
+    from stagecal.domain.requests import State
+    from stagecal.services.dispatching import turns_of
 
     place = ""
     if request.state is State.ACCEPTED:
-        everybody = site.ledger.open_requests()
-        waiting = [one.id for one in queue(everybody, site.clock.now())]
-        maker = maker_of(request, everybody)
-        if maker is not None and maker.state is not State.ACCEPTED:
-            place = f"Request {maker.id} is making the same products: waiting for it ..."
+        queue = turns_of(site, site.clock.now())
+        position = queue.place(request.id)
+        if request.id in queue.makers:
+            place = f"Request {queue.makers[request.id]} is making the same products: waiting for it ..."
         elif site.ledger.setting("held"):
             place = "No new jobs are started at present (stagecal release): waiting ..."
-        elif request.id in waiting and (len(waiting) > 1 or any(one.holds_slot for one in everybody)):
-            place = f"Position {waiting.index(request.id) + 1} of {len(waiting)} in the queue: waiting for a slot ..."
+        elif position and not queue.may_start(request.id):
+            place = f"Position {position} of {len(queue.queue)} in the queue: waiting for a slot ..."
     if request.not_before is not None and request.reason and request.state is not State.STAGING:
         place = f"Waiting until {request.not_before:%H:%M:%S} UTC: {request.reason}"
     if place and place != told:

@@ -33,6 +33,8 @@ log = logging.getLogger("stagecal.watch")
 PROGRAM = "stagecal watch"
 _THREADS = 12
 _BEAT_S = 10
+# Nobody takes a lease over before its heartbeat is missed for longer than this (adapters/lease.py).
+_UNSEEN_S = 60
 _HOUSEKEEPING_S = 3600
 
 
@@ -112,7 +114,8 @@ class _Daemon:
     watch: DirectoryWatch
     ended: threading.Event
     probe: Future[None] | None = None
-    beat_at: float = 0.0
+    beaten_at: float = 0.0
+    lease_trouble: str = ""
     housekept_at: float = 0.0
 
     def run(self, *, until_idle: bool) -> int:
@@ -132,7 +135,10 @@ class _Daemon:
         ready = False
         while not self.ended.is_set():
             self.wake.clear()
-            self._beat()
+            if not self._lease_holds():
+                wiring.tell_service_manager("WATCHDOG=1", f"STATUS=waiting: {self.lease_trouble}")
+                self.ended.wait(min(_BEAT_S, ping_s))
+                continue
             self._housekeep()
             if not self.watch.healthy() and self.watch.renew():
                 log.info("the watch on %s is renewed", self.config.triggers.directory)
@@ -190,13 +196,30 @@ class _Daemon:
             pause = min(pause, 0.2)
         self.wake.wait(max(0.005, pause))
 
-    def _beat(self) -> None:
-        """Renew the lease; LeaseLostError ends the daemon before its next side effect."""
-        if time.monotonic() - self.beat_at >= _BEAT_S or not self.beat_at:
-            self.lease.beat(self.site.clock.now())
-            self.beat_at = time.monotonic()
-        else:
-            self.lease.check()
+    def _lease_holds(self) -> bool:
+        """Look at the lease or renew it; return whether it can be nobody else's now.
+
+        A trigger directory that is away for a while ends nothing: the work goes on, and rests when others may take
+        over. LeaseLostError ends the daemon before its next side effect.
+        """
+        from stagecal.ports import TransientError
+
+        since = time.monotonic() - self.beaten_at
+        try:
+            if self.beaten_at and since < _BEAT_S and not self.lease_trouble:
+                self.lease.check()
+            else:
+                self.lease.beat(self.site.clock.now())
+                self.beaten_at = time.monotonic()
+                if self.lease_trouble:
+                    log.info("the lease in %s is renewed", self.config.triggers.directory)
+                self.lease_trouble = ""
+        except TransientError as trouble:
+            if str(trouble) != self.lease_trouble:
+                log.error("%s", trouble)
+            self.lease_trouble = str(trouble)
+            return since < _UNSEEN_S
+        return True
 
     def _housekeep(self) -> None:
         if time.monotonic() - self.housekept_at >= _HOUSEKEEPING_S or not self.housekept_at:

@@ -60,7 +60,10 @@ class NewMail:
 
 @dataclass(frozen=True)
 class Recipient:
-    """One recipient of a mail in the outbox."""
+    """One recipient of a mail in the outbox.
+
+    `tried_since` is when the attempts began; `unconfirmed` that the line once broke after the whole mail was sent.
+    """
 
     address: str
     primary: bool
@@ -68,6 +71,8 @@ class Recipient:
     attempts: int
     not_before: datetime | None
     text: str
+    tried_since: datetime | None = None
+    unconfirmed: bool = False
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import shlex
-from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta
 from enum import StrEnum
@@ -74,7 +73,8 @@ class Request:
     it needs (see domain/products.py), `token` the directory under which it gets them. A job is identified by `node`,
     `work` and `nonce`; `holds_slot` says that it may still be alive. `lost_on` are the nodes that lost its job.
     `seen_in` is the trigger directory (device:inode) in which the trigger was seen last. `wish` is what an operator
-    wants done at the next step. `failed_with` is the request whose failure this one shares.
+    wants done at the next step. `waits_for` is the request that makes what this one needs, `failed_with` the one whose
+    failure it shares.
     """
 
     id: str
@@ -112,6 +112,7 @@ class Request:
     seen_in: str = ""
     missing_since: datetime | None = None
     wish: str = ""
+    waits_for: str = ""
     failed_with: str = ""
 
     @property
@@ -151,33 +152,3 @@ def uws_phase(request: Request, *, expired: bool) -> str:
 def retry_delay(attempts: int) -> timedelta:
     """Return how long to wait after so many attempts in vain: 5 minutes first, doubling up to 67 (as Postfix does)."""
     return timedelta(seconds=min(300 * 2 ** max(0, attempts - 1), 4000))
-
-
-def queue(requests: Iterable[Request], now: datetime) -> tuple[Request, ...]:
-    """Return the requests that wait for a slot, first come first served.
-
-    One that rests after trouble of its own (`not_before`) keeps nobody else waiting.
-    """
-    waiting = [
-        request
-        for request in requests
-        if request.state is State.ACCEPTED
-        and not request.wish
-        and (request.not_before is None or request.not_before <= now)
-    ]
-    return tuple(sorted(waiting, key=lambda request: request.sequence))
-
-
-def maker_of(request: Request, requests: Iterable[Request]) -> Request | None:
-    """Return the other open request that makes (or will make first) the products that this one needs."""
-    candidates = [
-        other
-        for other in requests
-        if other.id != request.id
-        and other.recipe == request.recipe
-        and (
-            other.state in (State.DISPATCHING, State.STAGING)
-            or (other.state is State.ACCEPTED and other.sequence < request.sequence)
-        )
-    ]
-    return min(candidates, key=lambda other: other.sequence, default=None)

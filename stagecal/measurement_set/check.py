@@ -5,12 +5,13 @@ Reads headers, indices and id columns only, without CASA. What a check of this k
 whose content was overwritten in place: only a checksum sees that.
 """
 
-import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from stagecal.measurement_set.columns import integer_range
 from stagecal.measurement_set.errors import CannotVerify, Damaged, MeasurementSetError, one_line
+from stagecal.measurement_set.files import Directory, Files
 from stagecal.measurement_set.tables import Lock, Table, Verdict, read_table
 
 MAIN = "MAIN"
@@ -29,6 +30,13 @@ REFERENCES = (
 )
 # Some observatories leave these empty and write the id 0 all the same; CASA lives with it.
 MAY_BE_EMPTY = ("STATE", "PROCESSOR")
+WORST_FIRST = (
+    Verdict.BROKEN,
+    Verdict.WRONG_ROWS,
+    Verdict.CANNOT_BE_VERIFIED,
+    Verdict.DEPENDS_ON_LOCK,
+    Verdict.OK,
+)
 
 
 @dataclass(frozen=True)
@@ -44,9 +52,9 @@ class TableReport:
 
 @dataclass(frozen=True)
 class CheckReport:
-    """A measurement set: its tables (MAIN first) and every problem, one line each."""
+    """A measurement set: where it lies, its tables (MAIN first) and every problem, one line each."""
 
-    path: Path
+    place: str
     tables: tuple[TableReport, ...]
     problems: tuple[str, ...]
 
@@ -66,62 +74,73 @@ class CheckReport:
         return all(table.verdict is not Verdict.CANNOT_BE_VERIFIED for table in self.tables)
 
     @property
+    def verdict(self) -> Verdict:
+        """What is to be thought of the whole, the worst first."""
+        if len(self.problems) > sum(len(table.problems) for table in self.tables):
+            return Verdict.BROKEN  # Its tables contradict each other, or are too few.
+        return min((table.verdict for table in self.tables), key=WORST_FIRST.index)
+
+    @property
     def sealed(self) -> bool:
         """Whether it is healthy and stays so without any of its lock files."""
         return self.healthy and all(table.verdict is Verdict.OK for table in self.tables)
 
 
-def check_measurement_set(path: Path) -> CheckReport:
-    """Return what is wrong with the measurement set at `path`, if anything.
+def check_measurement_set(place: Path | Files) -> CheckReport:
+    """Return what is wrong with the measurement set at `place`, if anything.
 
-    Raises NotAMeasurementSet if `path` is no directory; everything else is told by the report.
+    Raises NotAMeasurementSet if `place` is no directory; everything else is told by the report.
     Nothing is written. The process must not have the measurement set open through casacore (see tables).
     """
-    tables = read_measurement_set(path)
+    return _check(place, (_missing_tables, _empty_tables, _loose_references))
+
+
+def check_table(place: Path | Files) -> CheckReport:
+    """Return what is wrong with the table at `place` and its subtables, which need not be a measurement set.
+
+    Raises NotAMeasurementSet if `place` is no directory.
+    """
+    return _check(place, ())
+
+
+def _check(place: Path | Files, rules: tuple[Callable[[dict[str, Table]], list[str]], ...]) -> CheckReport:
+    files = Directory(place) if isinstance(place, Path) else place
+    tables = read_measurement_set(files)
     reports = tuple(_report(name, table) for name, table in tables.items())
     problems = [f"{report.name}: {line}" for report in reports for line in report.problems]
-    problems += _missing_tables(tables)
-    problems += _empty_tables(tables)
-    problems += _loose_references(tables)
-    return CheckReport(path, reports, tuple(problems))
+    problems += files.problems
+    for rule in rules:
+        problems += rule(tables)
+    return CheckReport(one_line(files.place), reports, tuple(problems))
 
 
-def read_measurement_set(path: Path) -> dict[str, Table]:
+def read_measurement_set(place: Path | Files) -> dict[str, Table]:
     """Return the main table under "MAIN" and each subtable that its keywords name, in their order.
 
-    Raises NotAMeasurementSet if `path` is no directory. A table that lies elsewhere is not followed.
+    Raises NotAMeasurementSet if `place` is no directory. A table that lies elsewhere is not followed.
     """
-    main = read_table(path)
+    main = read_table(place)
     tables = {MAIN: main}
     if main.description is None:
         return tables
     for name, stored in main.description.subtables.items():
-        tables[name] = _read_subtable(path, stored)
+        tables[name] = _read_subtable(main.files, stored)
     return tables
 
 
-def _read_subtable(path: Path, stored: str) -> Table:
+def _read_subtable(files: Files, stored: str) -> Table:
     """Read a subtable under the name that the keyword has: "././NAME" is inside the table, "./NAME" beside it."""
     relative = stored
     while relative.startswith("./"):
         relative = relative[2:]
     if len(stored) - len(relative) == 2:
-        place = Path(os.path.abspath(path)).parent / relative
-    elif len(stored) > len(relative):
-        place = path / relative
-    else:
-        place = Path(os.path.abspath(stored))
-    inside = place.resolve().is_relative_to(path.resolve())
-    if not inside:
-        line = f"lies outside the measurement set at {place}, so a copy would lack it; put it inside with split"
-        return _no_table(place, unknown=(line,))
-    if not place.is_dir():
-        return _no_table(place, damage=("its directory is missing",))
-    return read_table(place)
-
-
-def _no_table(place: Path, *, damage: tuple[str, ...] = (), unknown: tuple[str, ...] = ()) -> Table:
-    return Table(place, None, Lock(), {}, damage, unknown)
+        relative = f"../{relative}"
+    try:
+        return read_table(files.below(relative))
+    except CannotVerify as error:
+        return Table(files, None, Lock(), {}, (), (str(error),))
+    except FileNotFoundError:
+        return Table(files, None, Lock(), {}, ("its directory is missing",), ())
 
 
 def _report(name: str, table: Table) -> TableReport:
@@ -185,5 +204,5 @@ def _plain(table: Table) -> bool:
 def _rows(table: Table) -> int:
     rows = table.true_rows
     if rows is None:
-        raise MeasurementSetError(f"{table.path}: the number of rows is not known")
+        raise MeasurementSetError(f"{table.files.place}: the number of rows is not known")
     return rows

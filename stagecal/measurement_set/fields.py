@@ -11,6 +11,7 @@ from pathlib import Path
 from stagecal.measurement_set.check import MAIN, read_measurement_set
 from stagecal.measurement_set.columns import integer_runs, strings
 from stagecal.measurement_set.errors import CannotVerify, Damaged, NotAMeasurementSet
+from stagecal.measurement_set.files import Files
 from stagecal.measurement_set.tables import Table
 
 
@@ -29,13 +30,14 @@ class FieldUse:
     rows_without_intent: int = 0
 
 
-def read_fields(path: Path) -> tuple[FieldUse, ...]:
+def read_fields(place: Path | Files) -> tuple[FieldUse, ...]:
     """Return every row of FIELD in its order, with its use.
 
-    Raises NotAMeasurementSet if `path` is none, Damaged if its tables contradict each other, CannotVerify if a
+    Raises NotAMeasurementSet if `place` is none, Damaged if its tables contradict each other, CannotVerify if a
     column that is needed is stored in a way not known here.
     """
-    tables = read_measurement_set(path)
+    tables = read_measurement_set(place)
+    path = tables[MAIN].files.place
     main, field = _sound(path, tables, MAIN), _sound(path, tables, "FIELD")
     names = strings(field, "NAME")
     state_intents = _state_intents(path, tables)
@@ -67,7 +69,7 @@ def parse_intents(observing_mode: str) -> frozenset[str]:
     return frozenset(intent for intent in intents if intent)
 
 
-def _sound(path: Path, tables: dict[str, Table], name: str) -> Table:
+def _sound(path: str, tables: dict[str, Table], name: str) -> Table:
     table = tables.get(name)
     if table is None or (table.description and table.description.kind != "PlainTable"):
         raise NotAMeasurementSet(f"{path} has no {name} table of its own; give the path of a measurement set")
@@ -78,7 +80,7 @@ def _sound(path: Path, tables: dict[str, Table], name: str) -> Table:
     return table
 
 
-def _state_intents(path: Path, tables: dict[str, Table]) -> list[frozenset[str]]:
+def _state_intents(path: str, tables: dict[str, Table]) -> list[frozenset[str]]:
     """Return the intents of each row of STATE; nothing if the observatory left the table out or empty."""
     if "STATE" not in tables:
         return []
@@ -108,7 +110,7 @@ def _pairs(main: Table) -> Counter[tuple[int, int]]:
         if not state_rows:
             state, state_rows = next(states, (0, 0))
     if field_rows or state_rows or _left(fields) or _left(states):
-        raise Damaged(f"{main.path}: FIELD_ID and STATE_ID have different numbers of rows; check it")
+        raise Damaged(f"{main.files.place}: FIELD_ID and STATE_ID have different numbers of rows; check it")
     return pairs
 
 

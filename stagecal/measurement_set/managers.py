@@ -4,13 +4,12 @@ Only headers and indices are read. Raises Damaged where a file is missing, cut, 
 """
 
 import itertools
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 from stagecal.measurement_set.aipsio import Cursor
 from stagecal.measurement_set.description import Column, Manager
-from stagecal.measurement_set.errors import Damaged
+from stagecal.measurement_set.errors import CannotVerify, Damaged
+from stagecal.measurement_set.files import Content, Files, exists, read_file
 
 BUCKETS_START = 512  # Both bucketed managers keep their header in the first 512 bytes.
 HAS_ARRAY_FILE = ("StandardStMan", "IncrementalStMan", "StManAipsIO")
@@ -59,32 +58,33 @@ class IncrementalFile:
     buckets: tuple[int, ...]
 
 
-def stored_rows(directory: Path, manager: Manager, columns: tuple[Column, ...], *, big_endian: bool) -> int | None:
+def stored_rows(files: Files, manager: Manager, columns: tuple[Column, ...], *, big_endian: bool) -> int | None:
     """Return the number of rows that the files of `manager` hold, None if it keeps no count.
 
     `columns` are the columns that it holds, `big_endian` is the byte order of the table.
-    Raises Damaged where a file is missing, shorter than its header promises, or not what it should be.
+    Raises Damaged where a file is missing, shorter than its header promises, or not what it should be; CannotVerify
+    where it cannot be read.
     """
-    path = directory / f"table.f{manager.number}"
+    name = f"table.f{manager.number}"
     rows: int | None = None
     try:
         if manager.kind == "StandardStMan":
-            rows = _standard_rows(path, big_endian)
+            rows = _standard_rows(files, name, big_endian)
         elif manager.kind == "IncrementalStMan":
-            rows = read_incremental(path, big_endian=big_endian).starts[-1]
+            rows = read_incremental(files, name, big_endian=big_endian).starts[-1]
         elif manager.kind == "StManAipsIO":
-            rows = _aipsio_rows(path, manager)
+            rows = _aipsio_rows(files, name, manager)
         elif manager.kind.startswith("Tiled"):
-            rows = _tiled_rows(path, manager, len(columns), big_endian)
+            rows = _tiled_rows(files, name, manager, len(columns), big_endian)
         if manager.kind in HAS_ARRAY_FILE:
             needed = any(column.needs_array_file for column in columns)
-            _check_array_file(path, needed=needed, big_endian=big_endian or manager.kind == "StManAipsIO")
+            _check_array_file(files, f"{name}i", needed=needed, big_endian=big_endian or manager.kind == "StManAipsIO")
     except FileNotFoundError as error:
-        raise Damaged(f"{Path(error.filename).name} is missing") from None
+        raise Damaged(f"{str(error.filename).rpartition('/')[2]} is missing") from None
     except OSError as error:
-        raise Damaged(f"{path.name} cannot be read: {error.strerror}") from None
+        raise CannotVerify(f"{name} cannot be read: {error.strerror}; ask who owns it") from None
     except Damaged as error:
-        raise error if str(error).startswith(path.name) else Damaged(f"{path.name} {error}") from None
+        raise error if str(error).startswith(name) else Damaged(f"{name} {error}") from None
     return rows
 
 
@@ -94,10 +94,10 @@ def is_known(kind: str) -> bool:
     return kind in HAS_ARRAY_FILE or kind in tiled or kind.startswith(VIRTUAL)
 
 
-def read_standard(path: Path, *, big_endian: bool) -> StandardFile:
+def read_standard(files: Files, name: str, *, big_endian: bool) -> StandardFile:
     """Return the header and the indices of a StandardStMan file."""
-    with path.open("rb") as file:
-        cursor = Cursor(file.read(BUCKETS_START), big_endian=big_endian)
+    with files.open(name) as file:
+        cursor = Cursor(file.read(0, BUCKETS_START), big_endian=big_endian)
         with cursor.object("StandardStMan", partly=True) as version:
             _expect_order(cursor.flag() if version >= 3 else True, big_endian)
             bucket_size, bucket_count = cursor.uint32(), cursor.uint32()
@@ -107,14 +107,14 @@ def read_standard(path: Path, *, big_endian: bool) -> StandardFile:
             offset = cursor.uint32() if version >= 2 else 0
             cursor.int32()  # last string bucket
             length, index_count = cursor.uint32(), cursor.uint32()
-        _expect_length(path, BUCKETS_START + bucket_count * bucket_size)
+        _expect_length(name, file, BUCKETS_START + bucket_count * bucket_size)
         if index_buckets > bucket_count:
             raise Damaged(f"has {bucket_count} buckets, {index_buckets} of them for its index")
         content = bytearray()
         for _ in range(index_buckets):
             if not 0 <= bucket < bucket_count:
                 raise Damaged(f"keeps its index in bucket {bucket} of {bucket_count}")
-            data = os.pread(file.fileno(), bucket_size, BUCKETS_START + bucket * bucket_size)
+            data = file.read(BUCKETS_START + bucket * bucket_size, bucket_size)
             bucket = int.from_bytes(data[4:8], "big", signed=True)
             content += data[offset : offset + length] if offset else data[8:]
     cursor = Cursor(bytes(content[:length]), big_endian=big_endian)
@@ -134,24 +134,23 @@ def _standard_index(cursor: Cursor) -> StandardIndex:
     return StandardIndex(columns, last_rows, buckets[:used])
 
 
-def _standard_rows(path: Path, big_endian: bool) -> int:
-    counts = {index.rows for index in read_standard(path, big_endian=big_endian).indices if index.columns > 0}
+def _standard_rows(files: Files, name: str, big_endian: bool) -> int:
+    counts = {index.rows for index in read_standard(files, name, big_endian=big_endian).indices if index.columns > 0}
     if len(counts) != 1:
         raise Damaged(f"has indices that disagree on the number of rows: {sorted(counts)}")
     return counts.pop()
 
 
-def read_incremental(path: Path, *, big_endian: bool) -> IncrementalFile:
+def read_incremental(files: Files, name: str, *, big_endian: bool) -> IncrementalFile:
     """Return the header and the index of an IncrementalStMan file."""
-    with path.open("rb") as file:
-        cursor = Cursor(file.read(BUCKETS_START), big_endian=big_endian)
+    with files.open(name) as file:
+        cursor = Cursor(file.read(0, BUCKETS_START), big_endian=big_endian)
         with cursor.object("IncrementalStMan", partly=True) as version:
             _expect_order(cursor.flag() if version >= 5 else True, big_endian)
             bucket_size, bucket_count = cursor.uint32(), cursor.uint32()
         index_start = BUCKETS_START + bucket_count * bucket_size
-        _expect_length(path, index_start + 1)
-        file.seek(index_start)
-        cursor = Cursor(file.read(), big_endian=big_endian)
+        _expect_length(name, file, index_start + 1)
+        cursor = Cursor(file.read(index_start, file.size), big_endian=big_endian)
     with cursor.object("ISMIndex") as version:
         used = cursor.uint32()
         starts, buckets = cursor.block(wide=version > 1), cursor.block()
@@ -163,11 +162,11 @@ def read_incremental(path: Path, *, big_endian: bool) -> IncrementalFile:
     return IncrementalFile(bucket_size, bucket_count, starts, buckets[:used])
 
 
-def _aipsio_rows(path: Path, manager: Manager) -> int:
-    with path.open("rb") as file:
-        cursor = Cursor(file.read(4096))  # always big-endian, whatever the table says
+def _aipsio_rows(files: Files, name: str, manager: Manager) -> int:
+    with files.open(name) as file:
+        cursor = Cursor(file.read(0, 4096))  # always big-endian, whatever the table says
     with cursor.object("StManAipsIO", partly=True) as version:
-        _expect_length(path, 4 + int.from_bytes(cursor.data[4:8], "big"))
+        _expect_length(name, file, 4 + int.from_bytes(cursor.data[4:8], "big"))
         if version > 1:
             cursor.text()
         _expect_number(cursor.uint32(), manager)
@@ -175,8 +174,8 @@ def _aipsio_rows(path: Path, manager: Manager) -> int:
         return cursor.uint32()
 
 
-def _tiled_rows(path: Path, manager: Manager, columns: int, big_endian: bool) -> int:
-    cursor = Cursor(path.read_bytes())  # the header is always big-endian, whatever the table says
+def _tiled_rows(files: Files, name: str, manager: Manager, columns: int, big_endian: bool) -> int:
+    cursor = Cursor(read_file(files, name))  # the header is always big-endian, whatever the table says
     with cursor.object(manager.kind, partly=True):
         if manager.kind in ("TiledColumnStMan", "TiledCellStMan"):
             cursor.shape()
@@ -195,23 +194,23 @@ def _tiled_rows(path: Path, manager: Manager, columns: int, big_endian: bool) ->
             for _ in range(cursor.count(wide=wide)):
                 if cursor.flag():
                     long = cursor.uint32() > 1  # version 2 has room for files of 2 GiB and more
-                    cubes = path.with_name(f"{path.name}_TSM{cursor.uint32()}")
-                    _expect_length(cubes, cursor.count(wide=long))
+                    cube = f"{name}_TSM{cursor.uint32()}"
+                    with files.open(cube) as file:
+                        _expect_length(cube, file, cursor.count(wide=long))
     return rows
 
 
-def _check_array_file(path: Path, *, needed: bool, big_endian: bool) -> None:
+def _check_array_file(files: Files, name: str, *, needed: bool, big_endian: bool) -> None:
     """Check the file of indirect arrays: a version (4 bytes) and its length (8 bytes) open it."""
-    path = path.with_name(path.name + "i")
-    if not needed and not path.exists():
+    if not needed and not exists(files, name):
         return
-    with path.open("rb") as file:
-        head = file.read(12)
+    with files.open(name) as file:
+        head = file.read(0, 12)
     if not head and not needed:
         return
     if len(head) < 12:
-        raise Damaged(f"{path.name} has {len(head)} bytes, not even its header")
-    _expect_length(path, int.from_bytes(head[4:12], "big" if big_endian else "little"))
+        raise Damaged(f"{name} has {len(head)} bytes, not even its header")
+    _expect_length(name, file, int.from_bytes(head[4:12], "big" if big_endian else "little"))
 
 
 def _expect_order(found: bool, expected: bool) -> None:
@@ -224,7 +223,6 @@ def _expect_number(found: int, manager: Manager) -> None:
         raise Damaged(f"says that it is number {found}: it comes from another table")
 
 
-def _expect_length(path: Path, promised: int) -> None:
-    length = path.stat().st_size
-    if length < promised:
-        raise Damaged(f"{path.name} has {length} bytes where its header promises {promised}")
+def _expect_length(name: str, file: Content, promised: int) -> None:
+    if file.size < promised:
+        raise Damaged(f"{name} has {file.size} bytes where its header promises {promised}")

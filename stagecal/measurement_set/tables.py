@@ -14,7 +14,8 @@ from pathlib import Path
 
 from stagecal.measurement_set.aipsio import Cursor
 from stagecal.measurement_set.description import Count, Description, parse_description, promised_length
-from stagecal.measurement_set.errors import CannotVerify, Damaged, NotAMeasurementSet, one_line
+from stagecal.measurement_set.errors import CannotVerify, Damaged, one_line
+from stagecal.measurement_set.files import Directory, Files, read_file
 from stagecal.measurement_set.managers import is_known, stored_rows
 
 LOCK_REQUESTS = 260  # table.lock begins with a list of lock requests; then the length of the sync record.
@@ -42,7 +43,7 @@ class Lock:
 class Table:
     """One table as its files describe it. `stored` has the count of each storage manager that keeps one."""
 
-    path: Path
+    files: Files
     description: Description | None
     lock: Lock
     stored: dict[int, int]
@@ -96,32 +97,31 @@ class Table:
         return tuple(map(one_line, lines))
 
 
-def read_table(path: Path) -> Table:
-    """Return every witness of the row count of the table at `path`.
+def read_table(place: Path | Files) -> Table:
+    """Return every witness of the row count of the table at `place`: a directory, on disk or in a tar file.
 
-    Raises NotAMeasurementSet if `path` is no directory. Whatever is wrong inside it is told by the result.
+    Raises NotAMeasurementSet if it is no directory. Whatever is wrong inside it is told by the result.
     """
-    if not path.is_dir():
-        raise NotAMeasurementSet(f"{path} is no directory, so no table; give the path of a measurement set")
-    lock = _read_lock(path / "table.lock")
+    files = Directory(place) if isinstance(place, Path) else place
+    lock = _read_lock(files)
     try:
-        data = (path / "table.dat").read_bytes()
+        data = read_file(files, "table.dat")
         description = parse_description(data)
         if len(data) != promised_length(data):
             raise Damaged(f"has {len(data)} bytes where its header promises {promised_length(data)}")
     except FileNotFoundError:
-        return Table(path, None, lock, {}, ("table.dat is missing",), ())
+        return Table(files, None, lock, {}, ("table.dat is missing",), ())
     except OSError as error:
-        return Table(path, None, lock, {}, (f"table.dat cannot be read: {error.strerror}",), ())
+        return Table(files, None, lock, {}, (), (f"table.dat cannot be read: {error.strerror}; ask who owns it",))
     except Damaged as error:
-        return Table(path, None, lock, {}, (f"table.dat {error}",), ())
+        return Table(files, None, lock, {}, (f"table.dat {error}",), ())
     except CannotVerify as error:
-        return Table(path, None, lock, {}, (), (f"table.dat {error}",))
-    stored, damage, unknown = _read_managers(path, description)
-    return Table(path, description, lock, stored, damage, unknown)
+        return Table(files, None, lock, {}, (), (f"table.dat {error}",))
+    stored, damage, unknown = _read_managers(files, description)
+    return Table(files, description, lock, stored, damage, unknown)
 
 
-def _read_managers(path: Path, description: Description) -> tuple[dict[int, int], tuple[str, ...], tuple[str, ...]]:
+def _read_managers(files: Files, description: Description) -> tuple[dict[int, int], tuple[str, ...], tuple[str, ...]]:
     stored: dict[int, int] = {}
     damage: list[str] = []
     unknown: list[str] = []
@@ -132,9 +132,11 @@ def _read_managers(path: Path, description: Description) -> tuple[dict[int, int]
             unknown.append(f"{names} is stored by {manager.kind}, which is not read here; split it first")
             continue
         try:
-            rows = stored_rows(path, manager, columns, big_endian=description.big_endian)
+            rows = stored_rows(files, manager, columns, big_endian=description.big_endian)
         except Damaged as error:
             damage.append(str(error))
+        except CannotVerify as error:
+            unknown.append(str(error))
         else:
             if rows is not None:
                 stored[manager.number] = rows
@@ -144,18 +146,20 @@ def _read_managers(path: Path, description: Description) -> tuple[dict[int, int]
     return stored, tuple(damage), tuple(unknown)
 
 
-def _read_lock(path: Path) -> Lock:
+def _read_lock(files: Files) -> Lock:
     try:
-        with path.open("rb") as file:
-            start = file.read(LOCK_REQUESTS + 4)
+        with files.open("table.lock") as file:
+            start = file.read(0, LOCK_REQUESTS + 4)
             length = int.from_bytes(start[LOCK_REQUESTS:], "big")
             if len(start) < LOCK_REQUESTS + 4 or length == 0:
                 return Lock()
-            record = file.read(min(length, 1 << 20))
+            record = file.read(LOCK_REQUESTS + 4, min(length, 1 << 20))
     except FileNotFoundError:
         return Lock()
     except OSError as error:
         return Lock(damage=f"cannot be read ({error.strerror})")
+    except CannotVerify as error:
+        return Lock(damage=str(error))
     if len(record) < length:
         return Lock(damage=f"ends inside its record ({len(record)} of {length} bytes)")
     cursor = Cursor(record)

@@ -7,7 +7,9 @@ the data themselves are read: every field in them must be asked for, a calibrato
 from __future__ import annotations
 
 import json
+import os
 import re
+import stat
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +32,7 @@ from stagecal.measurement_set import (
 from stagecal.ports import FatalError, JobHandle, StagingArea, TransientError
 from stagecal.services.context import Site
 from stagecal.services.judging import refusal_lines
-from stagecal.services.publishing import product_file, publish, published_already, published_lines
+from stagecal.services.publishing import PAPERS, product_file, publish, published_already, published_lines
 
 # What NRAO's and ESO's deliveries hold beside the data; never the manifest or the AQUA report.
 _AUXILIARY = re.compile(
@@ -38,6 +40,8 @@ _AUXILIARY = re.compile(
     r"(calapply\.txt|caltables\.tgz|casa_commands\.log|casa_piperestorescript\.py|casa_pipescript\.py|weblog\.tgz"
     r"|flux\.csv|flagtemplate\.txt|PPR[A-Za-z0-9._+-]*\.xml)|casa_commands\.log|flux\.csv|PPR_[A-Za-z0-9._+-]*\.xml)"
 )
+_LARGEST_REPORT = 16 * 1024 * 1024
+_ABSOLUTE_PATH = re.compile(r"(?<![A-Za-z0-9_.:/-])/[A-Za-z0-9_.-]")
 
 
 class ProductError(Exception):
@@ -106,15 +110,10 @@ def collect(site: Site, request: Request, now: datetime) -> Request:
     started = time.monotonic()
     files = _pack(site, request, sets, directory)
     absent = tuple(block for block in request.execution_blocks if block not in sets)
-    made_by = {
-        name: report[name]
-        for name in ("engine", "casa_version", "commands", "started", "ended")
-        if report.get(name) is not None
-    }
     if site.ledger.get(request.id).wish == "withdraw":
         site.staging.discard(request.token)
         raise WithdrawnMeanwhileError
-    staging = publish(site, request, files, absent, made_by, now)
+    staging = publish(site, request, files, absent, made_by_of(report), now)
     sizes = {file.name: file.size for file in files if file.execution_block}
     checked = "; ".join(f"{name}: {size} bytes" for name, size in sizes.items())
     return site.ledger.commit(
@@ -138,19 +137,50 @@ def collect(site: Site, request: Request, now: datetime) -> Request:
 def read_report(directory: Path) -> Mapping[str, Any]:
     """Return what the engine reported about its work; an engine may leave no report, then it is empty.
 
-    Raises ProductError if there is one that cannot be understood.
+    The job wrote it: only a plain file of reasonable size is read. Raises ProductError if it cannot be understood.
     """
     try:
-        text = (directory / "report.json").read_text(encoding="utf-8")
+        descriptor = os.open(directory / "report.json", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         return {"engine": "command"}
+    except OSError as error:
+        raise ProductError(f"the engine's report.json cannot be read: {error.strerror}") from error
+    with os.fdopen(descriptor, "rb") as stream:
+        found = os.fstat(stream.fileno())
+        if not stat.S_ISREG(found.st_mode) or found.st_size > _LARGEST_REPORT:
+            raise ProductError("the engine's report.json is no plain file of reasonable size")
+        content = stream.read()
     try:
-        report = json.loads(text)
+        report = json.loads(content)
     except ValueError as error:
         raise ProductError(f"the engine's report.json is no JSON ({error})") from error
     if not isinstance(report, dict):
         raise ProductError("the engine's report.json is no object")
     return report
+
+
+def made_by_of(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the receipt says about how the products were made: no address of a person, no path of a machine."""
+    made_by: dict[str, Any] = {
+        name: report[name]
+        for name in ("engine", "casa_version", "started", "ended")
+        if isinstance(report.get(name), str) and _is_public(report[name])
+    }
+    commands = report.get("commands")
+    if isinstance(commands, list):
+        made_by["commands"] = [one for one in commands if isinstance(one, str) and _is_public(one)]
+    return made_by
+
+
+def _is_public(text: str) -> bool:
+    return "@" not in text and not _ABSOLUTE_PATH.search(text)
+
+
+def _is_real_directory(path: Path) -> bool:
+    try:
+        return stat.S_ISDIR(path.lstat().st_mode)
+    except OSError:
+        return False
 
 
 def find_products(request: Request, report: Mapping[str, Any], products: Path) -> dict[str, Path]:
@@ -167,7 +197,7 @@ def find_products(request: Request, report: Mapping[str, Any], products: Path) -
     found = {}
     for block in request.execution_blocks:
         path = products / measurement_set_name(block)
-        if path.is_dir() and not path.is_symlink():
+        if _is_real_directory(products) and _is_real_directory(path):
             found[block] = path
         elif not (request.calfields and (blocks.get(block) or {}).get("without_calfields") is True):
             raise ProductError(f"the job left no {measurement_set_name(block)}")
@@ -241,10 +271,10 @@ def _pack(site: Site, request: Request, sets: Mapping[str, Path], directory: Pat
 
 def _auxiliary(area: StagingArea, request: Request, directory: Path) -> list[ProductFile]:
     """Copy the auxiliary files of a full request; a calibrator directory holds none of them."""
-    if not directory.is_dir():
+    if not _is_real_directory(directory):
         return []
     return [
         product_file(area.copy(request.token, path.name, path), "")
         for path in sorted(directory.iterdir())
-        if path.is_file() and not path.is_symlink() and _AUXILIARY.fullmatch(path.name)
+        if path.is_file() and not path.is_symlink() and _AUXILIARY.fullmatch(path.name) and path.name not in PAPERS
     ]

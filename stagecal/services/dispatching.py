@@ -7,17 +7,20 @@ job stays unknown: nothing is started elsewhere until the node has answered.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from contextlib import suppress
 from datetime import datetime, timedelta
 
 from stagecal.domain import terminal
 from stagecal.domain.identifiers import sanitized
 from stagecal.domain.records import Step
-from stagecal.domain.requests import Request, State, maker_of, queue, retry_delay
+from stagecal.domain.requests import Request, State
 from stagecal.domain.scheduling import choose_node, explain_choice
-from stagecal.ports import JobHandle, JobState, TransientError
+from stagecal.domain.turns import Turns, turns
+from stagecal.domain.verdicts import Verdict
+from stagecal.ports import FatalError, JobHandle, JobState, TransientError
 from stagecal.services.collecting import ProductError, WithdrawnMeanwhileError, collect
 from stagecal.services.context import Site
+from stagecal.services.judging import refusal_lines
 from stagecal.services.publishing import published_already, published_lines
 from stagecal.services.reuse import serve_from_staged
 
@@ -28,6 +31,16 @@ REST = timedelta(seconds=30)
 def handle_of(request: Request) -> JobHandle:
     """Return how the request's job is found."""
     return JobHandle(request.node, request.work, request.nonce)
+
+
+def turns_of(site: Site, now: datetime) -> Turns:
+    """Return whose turn it is by the ledger as it is now."""
+    return turns(
+        site.ledger.open_requests(),
+        max_jobs=site.config.cluster.max_jobs,
+        held=bool(site.ledger.setting("held")),
+        now=now,
+    )
 
 
 def step_accepted(site: Site, request: Request, now: datetime) -> Request:
@@ -48,44 +61,45 @@ def step_accepted(site: Site, request: Request, now: datetime) -> Request:
     staged = serve_from_staged(site, request, now)
     if staged is not None:
         return staged
-    everybody = site.ledger.open_requests()
-    failed = _failed_maker(site, request, everybody)
-    if failed is not None:
-        return site.ledger.commit(
-            request,
-            now=now,
-            to=State.FAILED,
-            step=Step("dispatch", "is it being made?", f"by {failed.id}, which failed", "failed with it"),
-            failed_with=failed.id,
-            reason=f"failed with {failed.id}: {failed.reason}",
-            terminal=failure_lines(site, request),
+    if request.waits_for:
+        ended = _as_its_maker(site, request, now)
+        if ended is not None:
+            return ended
+    now_turns = turns_of(site, now)
+    maker = now_turns.makers.get(request.id, "")
+    if maker != request.waits_for:
+        step = Step(
+            "dispatch", "is it being made?", f"by {maker}" if maker else "no longer", "wait" if maker else "go on"
         )
-    if maker_of(request, everybody) is not None:
-        return request
-    if site.ledger.setting("held"):
-        return request
-    in_front = [
-        other
-        for other in queue(everybody, now)
-        if other.sequence < request.sequence and maker_of(other, everybody) is None
-    ]
-    if in_front:
+        request = site.ledger.commit(request, now=now, waits_for=maker, step=step)
+    if maker or not now_turns.may_start(request.id):
         return request
     return _dispatch(site, request, now)
 
 
-def _failed_maker(site: Site, request: Request, everybody: Sequence[Request]) -> Request | None:
-    """Return the request that made the same products while this one waited, and failed."""
-    for other in everybody:
-        if (
-            other.id != request.id
-            and other.recipe == request.recipe
-            and other.state in (State.FAILED, State.HELD)
-            and other.verdict is None
-            and other.since >= request.since
-            and site.ledger.staging(other.token) is None
-        ):
-            return other
+def _as_its_maker(site: Site, request: Request, now: datetime) -> Request | None:
+    """Let the request end as the one that made its products, if that failed or was refused by the data."""
+    maker = site.ledger.get(request.waits_for)
+    if maker.verdict is Verdict.NOT_A_CALIBRATOR_FIELD and maker.recipe == request.recipe:
+        return site.ledger.commit(
+            request,
+            now=now,
+            to=State.REFUSED,
+            step=Step("judge", "are the fields calibrators?", f"no, as for {maker.id}", maker.verdict),
+            verdict=maker.verdict,
+            reason=maker.reason,
+            terminal=refusal_lines(request, maker.verdict, maker.reason),
+        )
+    if maker.verdict is None and maker.state in (State.FAILED, State.HELD):
+        return site.ledger.commit(
+            request,
+            now=now,
+            to=State.FAILED,
+            step=Step("dispatch", "is it being made?", f"by {maker.id}, which failed", "failed with it"),
+            failed_with=maker.id,
+            reason=f"failed with {maker.id}: {maker.reason}",
+            terminal=failure_lines(site, request),
+        )
     return None
 
 
@@ -96,8 +110,6 @@ def _dispatch(site: Site, request: Request, now: datetime) -> Request:
             f"the staging disk has {free / 1e9:.1f} GB free, less than the reserve of "
             f"{site.config.staging.reserve_gb:g} GB: delete staged data or make the disk larger"
         )
-    if sum(other.holds_slot for other in site.ledger.open_requests()) >= site.config.cluster.max_jobs:
-        return request
     looks = site.nodes.loads()
     label = site.engines.label(request.project)
     limit = site.config.cluster.max_load_per_core
@@ -134,14 +146,15 @@ def step_dispatching(site: Site, request: Request, now: datetime) -> Request:
         site.nodes.prepare(job, {**site.engines.job_files(request), "request.json": _record_of(request)})
         site.nodes.launch(job, lease_until(site, now))
     except TransientError as trouble:
-        if request.attempts < MAXIMUM_LOSSES:
-            raise
-        # The node stays in trouble. Once the job is proven unable to start there, the request may go elsewhere.
-        site.nodes.cancel(job)
-        status = site.nodes.poll(job)
-        if status.state in (JobState.RUNNING, JobState.UNREACHABLE):
-            raise
-        return _lost(site, request, f"{job.node} cannot start it ({trouble})", now)
+        # The answer may have been lost, not the job: only the job directory tells, and no other node is tried before.
+        state = site.nodes.poll(job).state
+        if state not in (JobState.RUNNING, JobState.EXITED):
+            if state is JobState.UNREACHABLE or request.attempts < MAXIMUM_LOSSES:
+                raise
+            site.nodes.cancel(job)
+            if site.nodes.poll(job).state in (JobState.RUNNING, JobState.UNREACHABLE):
+                raise
+            return _lost(site, request, f"{job.node} cannot start it ({trouble})", now)
     return site.ledger.commit(
         request,
         now=now,
@@ -162,8 +175,11 @@ def step_dispatching(site: Site, request: Request, now: datetime) -> Request:
 
 
 def _record_of(request: Request) -> bytes:
-    """Return what a job directory says of its request, so that a lost ledger can be made anew."""
-    names = ("node", "work", "nonce", "mous", "execution_blocks", "calibration", "recipe", "token", "lost_on")
+    """Return what a job directory says of its request, so that a lost ledger can be made anew.
+
+    The token is not in it: it is a secret of the user's, and job directories are read by others.
+    """
+    names = ("node", "work", "nonce", "mous", "execution_blocks", "calibration", "recipe", "lost_on")
     record = {"request": request.id, **{name: getattr(request, name) for name in names}}
     return json.dumps(record, indent=1).encode() + b"\n"
 
@@ -174,7 +190,9 @@ def step_staging(site: Site, request: Request, now: datetime) -> Request:
     status = site.nodes.poll(job)
     if status.state is JobState.RUNNING:
         site.nodes.renew_lease(job, lease_until(site, now))
-        return site.ledger.commit(request, now=now, not_before=now + poll_interval(site, request, now))
+        return site.ledger.commit(
+            request, now=now, not_before=now + poll_interval(site, request, now), attempts=0, reason=""
+        )
     if status.state is JobState.UNREACHABLE:
         rest = site.config.cluster.poll_interval_s
         if request.reason != status.detail:
@@ -198,11 +216,16 @@ def _lost(site: Site, request: Request, detail: str, now: datetime) -> Request:
     if len(lost_on) >= MAXIMUM_LOSSES:
         reason = f"the job was lost on {', '.join(lost_on)} ({detail})"
         return fail(site, request, reason, now, job_is_dead=True)
+    left = ""
+    try:
+        site.nodes.clean(handle_of(request))
+    except (TransientError, FatalError) as trouble:
+        left = f"; {request.work} was left behind: {trouble}"
     return site.ledger.commit(
         request,
         now=now,
         to=State.ACCEPTED,
-        step=Step("poll", "does the job live?", f"lost on {request.node}: {detail}", "start it again"),
+        step=Step("poll", "does the job live?", f"lost on {request.node}: {detail}{left}", "start it again"),
         holds_slot=False,
         lost_on=lost_on,
         node="",
@@ -224,9 +247,24 @@ def fail(site: Site, request: Request, reason: str, now: datetime, *, job_is_dea
     )
 
 
+def release_slot(site: Site, request: Request, now: datetime) -> Request:
+    """End the job and give its slot back once it is proven dead."""
+    job = handle_of(request)
+    site.nodes.cancel(job)
+    status = site.nodes.poll(job)
+    if status.state in (JobState.RUNNING, JobState.UNREACHABLE):
+        return site.ledger.commit(request, now=now, not_before=now + timedelta(seconds=1))
+    return site.ledger.commit(
+        request, now=now, step=Step("cancel", "does the job live?", status.state, "slot free"), holds_slot=False
+    )
+
+
 def failure_lines(site: Site, request: Request) -> list[str]:
     """Return the terminal's last lines of a staging that failed."""
-    work = str(site.nodes.directory(handle_of(request))) if request.work else ""
+    work = request.work
+    if work:
+        with suppress(FatalError, TransientError):
+            work = str(site.nodes.directory(handle_of(request)))
     return terminal.failed(f"{site.config.staging.root}/{request.token or sanitized(request.mous)}", request.mous, work)
 
 
@@ -248,8 +286,3 @@ def poll_interval(site: Site, request: Request, now: datetime) -> timedelta:
     """Return when to look at a running job again: soon after its start, at the configured pace later."""
     elapsed = max((now - request.since).total_seconds(), 0.0)
     return timedelta(seconds=min(site.config.cluster.poll_interval_s, max(0.1, elapsed / 10)))
-
-
-def rest_after(attempts: int, now: datetime) -> datetime:
-    """Return when a step that failed for now is tried again."""
-    return now + retry_delay(attempts)

@@ -8,22 +8,26 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime, timedelta
 
-from stagecal.domain.records import Step
-from stagecal.domain.requests import WITHDRAWABLE, Outcome, Request, State, maker_of, retry_delay
+from stagecal.domain.records import MailKind, RecipientState, Step
+from stagecal.domain.requests import WITHDRAWABLE, Outcome, Request, State, retry_delay
 from stagecal.ports import FatalError, JobState, StaleRequestError, TransientError
 from stagecal.services.context import STAGED_DATA_LOCK, Site
 from stagecal.services.dispatching import fail, handle_of, step_accepted, step_dispatching, step_staging
 from stagecal.services.judging import step_received
-from stagecal.services.notifying import step_failed, step_refused, step_staged
+from stagecal.services.notifying import alarm_mail, mail_id_of, step_failed, step_refused, step_staged
+from stagecal.services.publishing import stands_as_recorded
 
 log = logging.getLogger(__name__)
 
 _CAN_FAIL = frozenset({State.RECEIVED, State.ACCEPTED, State.DISPATCHING, State.STAGING, State.STAGED, State.REFUSED})
 # A poll is no attempt; everything else is counted before it is tried.
 _NOT_COUNTED = frozenset({State.ACCEPTED, State.STAGING, State.HELD})
+# After so many attempts in vain, some four hours, somebody is told (and once a day from then on).
+LASTING_ATTEMPTS = 7
 
 
 def is_due(request: Request, now: datetime) -> bool:
@@ -32,7 +36,7 @@ def is_due(request: Request, now: datetime) -> bool:
         return False
     if request.state is State.HELD and not request.wish:
         return False
-    return request.not_before is None or request.not_before <= now or bool(request.wish)
+    return request.not_before is None or request.not_before <= now
 
 
 def advance(site: Site, request_id: str) -> bool:
@@ -81,30 +85,40 @@ def _step(site: Site, request: Request, now: datetime) -> Request | None:
 
 
 def _rest(site: Site, request: Request, reason: str, now: datetime) -> None:
+    """Let the request rest after trouble that may pass; trouble that lasts for hours is told."""
     current = site.ledger.get(request.id)
-    attempts = max(current.attempts, request.attempts, 1)
-    if current.state in _NOT_COUNTED:
-        attempts = current.attempts + 1
+    attempts = max(current.attempts, request.attempts, 1) + (current.state in _NOT_COUNTED)
     not_before = now + retry_delay(attempts)
+    if current.holds_slot:
+        # A job's lease must be renewed before it runs out, whatever trouble there was.
+        not_before = min(not_before, now + timedelta(hours=site.config.cluster.lease_h) / 4)
     log.warning("request %s rests until %s: %s", request.id, not_before.isoformat(timespec="seconds"), reason)
-    try:
+    step = Step(f"{current.state}".lower(), seen=reason, decided=f"try again at {not_before:%Y-%m-%dT%H:%M:%SZ}")
+    mails = []
+    if attempts >= LASTING_ATTEMPTS:
+        text = f"request {request.id} ({current.state}) has been in trouble for {attempts} attempts: {reason}"
+        mails.append(alarm_mail(site, "a request is in lasting trouble", text, now, about=request.id))
+    with suppress(StaleRequestError):
         site.ledger.commit(
-            current,
-            now=now,
-            step=Step(f"{current.state}".lower(), seen=reason, decided=f"try again at {not_before:%Y-%m-%dT%H:%M:%SZ}"),
-            not_before=not_before,
-            attempts=attempts,
-            reason=reason,
+            current, now=now, step=step, mails=mails, not_before=not_before, attempts=attempts, reason=reason
         )
-    except StaleRequestError:
-        log.info("request %s was moved meanwhile", request.id)
 
 
 def _give_up(site: Site, request: Request, reason: str, now: datetime) -> Request | None:
+    """Let the request fail, or, where it owes only an end, tell a person and rest. Never raises."""
     current = site.ledger.get(request.id)
-    if current.state in _CAN_FAIL:
-        log.error("request %s failed: %s", request.id, reason)
-        return fail(site, current, reason, now)
+    try:
+        if current.state in _CAN_FAIL:
+            log.error("request %s failed: %s", request.id, reason)
+            return fail(site, current, reason, now)
+        log.error("request %s (%s): %s", request.id, current.state, reason)
+        text = f"request {request.id} ({current.state}) cannot go on: {reason}"
+        site.ledger.enqueue(request.id, [alarm_mail(site, "a request cannot go on", text, now, about=request.id)], now)
+        if current.wish:
+            site.ledger.commit(current, now=now, wish="", step=Step("operator", current.wish, reason, "not possible"))
+            return None
+    except (StaleRequestError, TransientError, FatalError) as error:
+        log.error("request %s: %s", request.id, error)
     _rest(site, request, reason, now)
     return None
 
@@ -123,21 +137,20 @@ def _fulfil(site: Site, request: Request, now: datetime) -> Request:
 
 
 def _retry(site: Site, request: Request, now: datetime) -> Request:
-    """Start a HELD request again: only its mail if its data are published, else from the beginning."""
-    published = bool(request.token) and site.staging.is_published(request.token)
-    if request.verdict is not None or published:
-        # A new round is a new mail: with the date of today, and only to whom the last one did not reach.
+    """Start a HELD request again: only its mail if its data are published and as recorded, else from the beginning."""
+    if request.verdict is not None or (request.token and stands_as_recorded(site, request.token)):
+        _try_mail_again(site, request, now)
         return site.ledger.commit(
             request,
             now=now,
             to=State.REFUSED if request.verdict is not None else State.STAGED,
             wish="",
             reason="",
-            round=request.round + 1,
             step=Step("retry", decided="send the mail again"),
         )
     if request.work:
         site.nodes.clean(handle_of(request))
+    withdraw_data(site, request, now)
     return site.ledger.commit(
         request,
         now=now,
@@ -151,22 +164,48 @@ def _retry(site: Site, request: Request, now: datetime) -> Request:
         work="",
         nonce="",
         lost_on=(),
+        waits_for="",
         failed_with="",
         step=Step("retry", decided="from the beginning"),
     )
 
 
+def _try_mail_again(site: Site, request: Request, now: datetime) -> None:
+    """Let the mail that was refused be tried again: the same bytes, under the same Message-ID."""
+    kind = MailKind.REFUSAL if request.verdict is not None else MailKind.DELIVERED
+    mail = site.ledger.mail(mail_id_of(site, request, kind))
+    if mail is not None:
+        again = [
+            replace(one, state=RecipientState.PENDING, not_before=None, attempts=0, tried_since=now)
+            for one in mail.primary
+            if one.state is not RecipientState.ACCEPTED
+        ]
+        site.ledger.update_recipients(mail.id, again)
+
+
+def withdraw_data(site: Site, request: Request, now: datetime) -> None:
+    """Take what stands under the request's token out of reach, published or not; the token is never used again."""
+    if not request.token:
+        return
+    with site.locks.lock(STAGED_DATA_LOCK):
+        staging = site.ledger.staging(request.token)
+        site.staging.discard(request.token)
+        site.staging.withdraw(request.token)
+        if staging is not None and staging.withdrawn_at is None:
+            site.ledger.update_staging(replace(staging, withdrawn_at=now), now)
+
+
 def step_withdrawing(site: Site, request: Request, now: datetime) -> Request:
     """WITHDRAWING: end what was begun for the request; its slot stays taken until its job is proven dead."""
     if request.holds_slot:
-        heir = _heir(site, request)
+        job = handle_of(request)
+        heir = _heir(site, request) if site.nodes.poll(job).state in (JobState.RUNNING, JobState.EXITED) else None
         if heir is not None:
             with site.locks.try_lock(f"request-{heir.id}") as free:
                 if not free:
                     return site.ledger.commit(request, now=now, not_before=now + timedelta(seconds=1))
                 site.ledger.hand_over_job(request, heir, now)
             return site.ledger.get(request.id)
-        job = handle_of(request)
         site.nodes.cancel(job)
         status = site.nodes.poll(job)
         if status.state in (JobState.RUNNING, JobState.UNREACHABLE):
@@ -176,13 +215,7 @@ def step_withdrawing(site: Site, request: Request, now: datetime) -> Request:
         )
     if request.work:
         site.nodes.clean(handle_of(request))
-    if request.token:
-        with site.locks.lock(STAGED_DATA_LOCK):
-            staging = site.ledger.staging(request.token)
-            site.staging.discard(request.token)
-            site.staging.withdraw(request.token)
-            if staging is not None and staging.withdrawn_at is None:
-                site.ledger.update_staging(replace(staging, withdrawn_at=now), now)
+    withdraw_data(site, request, now)
     return _close(site, request, now, Outcome.WITHDRAWN)
 
 
@@ -230,8 +263,3 @@ STEPS: dict[State, Callable[[Site, Request, datetime], Request]] = {
     State.NOTIFIED: step_notified,
     State.WITHDRAWING: step_withdrawing,
 }
-
-
-def waits_for_maker(site: Site, request: Request) -> Request | None:
-    """Return who makes the products that this request waits for."""
-    return maker_of(request, site.ledger.open_requests()) if request.state is State.ACCEPTED else None

@@ -17,9 +17,9 @@ from stagecal.domain.records import MailKind, NewMail, OutboxMail, Recipient, Re
 from stagecal.domain.requests import Origin, Outcome, Request, State, retry_delay
 from stagecal.domain.trigger import subject as request_subject
 from stagecal.domain.verdicts import Verdict, advice
-from stagecal.ports import FatalError, JobState, MailReply, TransientError
+from stagecal.ports import FatalError, MailReply, TransientError
 from stagecal.services.context import Site
-from stagecal.services.dispatching import handle_of
+from stagecal.services.dispatching import handle_of, release_slot
 from stagecal.services.judging import judge_request
 from stagecal.services.publishing import page_values
 
@@ -81,6 +81,11 @@ def _identity(request: Request) -> str:
     return f"{request.id}/{request.round}"
 
 
+def mail_id_of(site: Site, request: Request, kind: MailKind) -> str:
+    """Return the Message-ID of the request's mail of this kind in its present round."""
+    return message_id(kind, _identity(request), site.config.mail.message_id_domain)
+
+
 def _threading(site: Site, request: Request) -> str:
     return request_message_id(site.config.mail.message_id_domain, request.trigger_name) if request.trigger_name else ""
 
@@ -134,16 +139,20 @@ def refusal_mail(site: Site, request: Request, verdict: Verdict, now: datetime) 
 
 def failed_mail(site: Site, request: Request, now: datetime) -> NewMail:
     """Return the mail to the maintainer: the command line and the whole terminal output."""
-    body = site.templates.render(
-        "mails/failed.txt",
-        id=request.id,
-        mous=sanitized(request.mous),
-        reason=request.reason,
-        command_line=request.command_line,
-        terminal="\n".join(line for _, line in site.ledger.terminal(request.id)),
-        output=_job_output(site, request),
-        node=request.node,
-    )
+    values = {
+        "id": request.id,
+        "mous": sanitized(request.mous),
+        "reason": request.reason,
+        "command_line": request.command_line,
+        "terminal": "\n".join(line for _, line in site.ledger.terminal(request.id)),
+        "output": _job_output(site, request),
+        "node": request.node,
+    }
+    try:
+        body = site.templates.render("mails/failed.txt", **values)
+    except FatalError as error:
+        # The one mail that tells of trouble must leave even if the trouble is the templates.
+        body = "\n\n".join([str(error), *(f"{name}: {value}" for name, value in values.items())])
     return _new_mail(
         site,
         MailKind.FAILED,
@@ -178,7 +187,7 @@ def undeliverable_mail(site: Site, request: Request, mail: OutboxMail, now: date
     return _new_mail(
         site,
         MailKind.UNDELIVERABLE,
-        _identity(request),
+        f"{_identity(request)}/{request.since:%Y-%m-%dT%H:%M:%S}",
         subject=f"Re: {request_subject(request.mous)}",
         body=body,
         to=[request.contact],
@@ -248,11 +257,16 @@ def deliver(site: Site, mail: OutboxMail, now: datetime) -> OutboxMail:
                 outcome.append(replace(one, state=RecipientState.ACCEPTED, not_before=None, text=result.text))
             elif result.reply is MailReply.REFUSED:
                 outcome.append(replace(one, state=RecipientState.REFUSED, not_before=None, text=result.text))
-            elif now - mail.created_at > LIFETIME:
+            elif result.reply is MailReply.UNKNOWN and one.unconfirmed:
+                # It was sent whole twice under one Message-ID: more copies would help nobody.
+                text = f"taken as accepted after two attempts without an answer: {result.text}"
+                outcome.append(replace(one, state=RecipientState.ACCEPTED, not_before=None, text=text))
+            elif now - (one.tried_since or mail.created_at) > LIFETIME:
                 text = f"given up after {LIFETIME.days} days: {result.text}"
                 outcome.append(replace(one, state=RecipientState.DROPPED, not_before=None, text=text))
             else:
-                outcome.append(replace(one, text=result.text))
+                unconfirmed = one.unconfirmed or result.reply is MailReply.UNKNOWN
+                outcome.append(replace(one, text=result.text, unconfirmed=unconfirmed))
         site.ledger.update_recipients(mail.id, outcome)
         seen = "; ".join(f"{one.address} {_word(one)}" for one in outcome)
         site.ledger.note(mail.request, Step(f"mail {mail.kind}", "is it accepted?", seen, mail.message_id), now)
@@ -291,20 +305,25 @@ _AWAITED = frozenset({MailKind.DELIVERED, MailKind.REFUSAL, MailKind.FAILED})
 
 
 def _may_leave(site: Site, request: Request, mail: OutboxMail, now: datetime) -> bool:
-    """Return whether (copies of) a mail with a link may leave now; if they never may again, they are dropped."""
+    """Return whether the pending copies of a mail with a link may leave now; if they never may again, drop them.
+
+    Copies follow the user's mail: it was accepted (or refused for good, and the request waits for an operator), the
+    data are published, and the request was judged today.
+    """
     if not mail.pending(now):
         return True
-    if request.verdict is None and request.outcome in (None, Outcome.DELIVERED) and not request.wish:
-        if request.state is State.WITHDRAWING:
-            return drop_pending(site, mail, "the request was withdrawn")
-        if request.judged_on == now.date() or request.origin is Origin.OPERATOR:
-            return True
+    staging = site.ledger.staging(request.token) if request.token else None
+    current = mail.message_id == mail_id_of(site, request, MailKind.DELIVERED)
+    if staging is None or staging.withdrawn_at is not None or not current or request.verdict is not None:
+        return drop_pending(site, mail, request.verdict or "its data are no longer published")
+    if request.state is State.WITHDRAWING or request.outcome is Outcome.WITHDRAWN:
+        return drop_pending(site, mail, "the request was withdrawn")
+    if request.judged_on != now.date():
         judgement = judge_request(site, request, now)
-        if judgement.verdict is None:
-            site.ledger.commit(request, now=now, step=judgement.step, judged_on=now.date())
-            return True
-        return drop_pending(site, mail, judgement.verdict)
-    return drop_pending(site, mail, request.verdict or "the request was withdrawn")
+        if judgement.verdict is not None:
+            return drop_pending(site, mail, judgement.verdict)
+        site.ledger.commit(request, now=now, step=judgement.step, judged_on=now.date())
+    return True
 
 
 def drop_pending(site: Site, mail: OutboxMail, why: str) -> bool:
@@ -316,17 +335,6 @@ def drop_pending(site: Site, mail: OutboxMail, why: str) -> bool:
     ]
     site.ledger.update_recipients(mail.id, dropped)
     return False
-
-
-def _only_to_the_unreached(site: Site, request: Request, mail: NewMail) -> NewMail:
-    """Leave out the copies that an earlier round's mail has brought already: nobody gets a link twice."""
-    reached: set[str] = set()
-    for earlier in range(request.round):
-        identity = f"{request.id}/{earlier}"
-        before = site.ledger.mail(message_id(mail.kind, identity, site.config.mail.message_id_domain))
-        if before is not None:
-            reached |= {one.address for one in before.recipients if one.state is RecipientState.ACCEPTED}
-    return replace(mail, copies=tuple(address for address in mail.copies if address not in reached))
 
 
 def _enqueued(site: Site, request: Request, mail: NewMail, now: datetime) -> OutboxMail:
@@ -360,8 +368,7 @@ def step_staged(site: Site, request: Request, now: datetime) -> Request:
                 request, now=now, to=State.REFUSED, step=judgement.step, verdict=judgement.verdict, judged_on=now.date()
             )
         request = site.ledger.commit(request, now=now, step=judgement.step, judged_on=now.date())
-    new = _only_to_the_unreached(site, request, delivered_mail(site, request, now))
-    mail = deliver(site, _enqueued(site, request, new, now), now)
+    mail = deliver(site, _enqueued(site, request, delivered_mail(site, request, now), now), now)
     if mail.accepted:
         return _notified(site, request, now)
     if mail.refused:
@@ -381,7 +388,7 @@ def _cleaned(site: Site, request: Request, now: datetime) -> Request:
     try:
         site.nodes.clean(handle_of(request))
         seen = "removed"
-    except TransientError as trouble:
+    except (TransientError, FatalError) as trouble:
         seen = f"left behind: {trouble}"
     return site.ledger.commit(request, now=now, step=Step("clean", f"{request.work}", seen), work="")
 
@@ -458,15 +465,3 @@ def _job_given_up(site: Site, request: Request, now: datetime) -> Request:
     if request.holds_slot:
         return release_slot(site, request, now)
     return _cleaned(site, request, now) if request.work else request
-
-
-def release_slot(site: Site, request: Request, now: datetime) -> Request:
-    """End the job and give its slot back once it is proven dead."""
-    job = handle_of(request)
-    site.nodes.cancel(job)
-    status = site.nodes.poll(job)
-    if status.state in (JobState.RUNNING, JobState.UNREACHABLE):
-        return site.ledger.commit(request, now=now, not_before=now + timedelta(seconds=1))
-    return site.ledger.commit(
-        request, now=now, step=Step("cancel", "does the job live?", status.state, "slot free"), holds_slot=False
-    )

@@ -164,6 +164,16 @@ def published_already(site: Site, request: Request) -> tuple[Staging, tuple[Prod
     return _staging(site, request, published_at), tuple(files), absent
 
 
+def stands_as_recorded(site: Site, token: str) -> bool:
+    """Return whether the directory of this token is published and its files are the recorded ones."""
+    staging = site.ledger.staging(token)
+    if staging is None or staging.withdrawn_at is not None or not site.staging.is_published(token):
+        return False
+    present = site.staging.files(token)
+    files, _ = site.ledger.staged_files(token)
+    return bool(files) and all(present.get(file.name, ())[:3] == (file.device, file.inode, file.size) for file in files)
+
+
 def product_file(staged: StagedFile, execution_block: str) -> ProductFile:
     """Return the record of a file that was just staged."""
     return ProductFile(

@@ -17,9 +17,9 @@ from stagecal.domain.identifiers import Malformed, contact_is_known, parse_addre
 from stagecal.domain.records import Step
 from stagecal.domain.requests import WITHDRAWABLE, Origin, Request, State, request_id
 from stagecal.domain.trigger import Incomplete, Trigger, decoded, is_terminated, parse, parse_trigger_name
-from stagecal.ports import DirectoryIdentity, Listing, StaleRequestError, TriggerEntry
+from stagecal.ports import DirectoryIdentity, FatalError, Listing, StaleRequestError, TransientError, TriggerEntry
 from stagecal.services.context import Site
-from stagecal.services.notifying import malformed_mail
+from stagecal.services.notifying import alarm_mail, malformed_mail
 
 log = logging.getLogger(__name__)
 
@@ -40,34 +40,55 @@ class Receiver:
 
         Raises TransientError if the directory cannot be listed: then nothing is concluded from it.
         """
-        listing = self.site.triggers.look()
+        # The ledger is read first: a trigger that goes away with its request in between must not look like a new one.
         opened = {request.trigger_name: request for request in self.site.ledger.open_requests() if request.trigger_name}
+        listing = self.site.triggers.look()
         new, again, unfinished = 0, [], {}
         for entry in sorted(listing.entries, key=_age):
-            digest = hashlib.sha256(entry.content).hexdigest()
-            request = opened.get(entry.name)
-            if request is not None:
-                self._seen(request, entry, digest, listing.directory, now)
-                continue
-            since = self.unfinished.get((entry.name, digest), now)
             try:
-                trigger = self._read(entry)
-                if not is_terminated(decoded(entry.content)) and now - since < self._settle:
-                    raise Incomplete("the last line has no end yet")
-            except Malformed as reason:
-                self._reject(entry, digest, str(reason), now)
-            except Incomplete as reason:
-                limit = timedelta(seconds=self.site.config.triggers.incomplete_after_s)
-                if now - since >= limit and "no end yet" not in str(reason):
-                    self._reject(entry, digest, f"{reason}, and the file has not changed for {limit}", now)
-                else:
-                    unfinished[(entry.name, digest)] = since
-                    again.append(min(since + limit, max(since + self._settle, now + timedelta(seconds=1))))
-            else:
-                new += self._receive(entry, digest, trigger, listing.directory, now)
+                received, since = self._take(entry, opened, listing.directory, now)
+            except (TransientError, FatalError) as trouble:
+                # One entry that cannot be dealt with must not keep the others waiting.
+                log.error("trigger %r: %s", entry.name, trouble)
+                what = "a trigger cannot be dealt with"
+                alarm = alarm_mail(self.site, what, f"{shown(entry.name)}: {trouble}", now, about=shown(entry.name))
+                self.site.ledger.enqueue("", [alarm], now)
+                continue
+            new += received
+            if since is not None:
+                unfinished[(entry.name, _digest(entry))] = since
+                again.append(min(since + self._limit, max(since + self._settle, now + timedelta(seconds=1))))
         self.unfinished = unfinished
         self._missing(listing, opened, now)
         return new, min(again, default=None)
+
+    def _take(
+        self, entry: TriggerEntry, opened: dict[str, Request], directory: DirectoryIdentity, now: datetime
+    ) -> tuple[int, datetime | None]:
+        """Deal with one entry; return whether it is a new request, and since when it is unfinished if it is."""
+        digest = _digest(entry)
+        request = opened.get(entry.name)
+        if request is not None:
+            self._seen(request, digest, directory, now)
+            return 0, None
+        since = self.unfinished.get((entry.name, digest), now)
+        try:
+            trigger = self._read(entry)
+        except Malformed as reason:
+            self._reject(entry, digest, str(reason), now)
+            return 0, None
+        except Incomplete as reason:
+            if now - since < self._limit:
+                return 0, since
+            self._reject(entry, digest, f"{reason}, and the file has not changed for {self._limit}", now)
+            return 0, None
+        if not is_terminated(decoded(entry.content)) and now - since < self._settle:
+            return 0, since
+        return self._receive(entry, digest, trigger, directory, now), None
+
+    @property
+    def _limit(self) -> timedelta:
+        return timedelta(seconds=self.site.config.triggers.incomplete_after_s)
 
     @property
     def _settle(self) -> timedelta:
@@ -104,7 +125,7 @@ class Receiver:
         for entry in listing.entries:
             with suppress(Malformed, Incomplete):
                 trigger = self._read(entry)
-                digest = hashlib.sha256(entry.content).hexdigest()
+                digest = _digest(entry)
                 requests.append(self._request(entry, digest, trigger, listing.directory, now))
         return requests
 
@@ -133,9 +154,7 @@ class Receiver:
             seen_in=_identity(directory),
         )
 
-    def _seen(
-        self, request: Request, entry: TriggerEntry, digest: str, directory: DirectoryIdentity, now: datetime
-    ) -> None:
+    def _seen(self, request: Request, digest: str, directory: DirectoryIdentity, now: datetime) -> None:
         place = _identity(directory)
         if request.seen_in != place or request.missing_since is not None:
             with suppress(StaleRequestError):
@@ -145,15 +164,13 @@ class Receiver:
 
     def _reject(self, entry: TriggerEntry, digest: str, reason: str, now: datetime) -> None:
         text = entry.content.decode("utf-8", "replace")
-        shown = "".join(
-            character if character.isprintable() or character == "\n" else "\N{REPLACEMENT CHARACTER}"
-            for character in text.replace("\r\n", "\n")
+        mail = malformed_mail(
+            self.site, shown(entry.name), digest, reason, shown(text, lines=True), self._known_contact(text), now
         )
-        mail = malformed_mail(self.site, entry.name, digest, reason, shown, self._known_contact(text), now)
         # The mail first: its Message-ID is the same if we die in between and come here again.
         self.site.ledger.enqueue("", [mail], now)
         moved = self.site.triggers.quarantine(entry.name, reason)
-        self.site.ledger.note("", Step("receive", entry.name, reason, f"rejected/{moved}"), now)
+        self.site.ledger.note("", Step("receive", shown(entry.name), reason, f"rejected/{moved}"), now)
         log.warning("trigger %r rejected: %s", entry.name, reason)
 
     def _known_contact(self, text: str) -> str:
@@ -188,6 +205,18 @@ class Receiver:
 def _age(entry: TriggerEntry) -> tuple[str, str]:
     """Return what orders the triggers of one look: first come, first served, by the time in their names."""
     return entry.name[-len("YYYY-MM-DDThh-mm-ss.txt") :], entry.name
+
+
+def _digest(entry: TriggerEntry) -> str:
+    return hashlib.sha256(entry.content).hexdigest()
+
+
+def shown(text: str, *, lines: bool = False) -> str:
+    """Return hostile text as it may stand in a mail, a record or a log: what cannot be printed is replaced."""
+    return "".join(
+        character if character.isprintable() or (lines and character == "\n") else "\N{REPLACEMENT CHARACTER}"
+        for character in text.replace("\r\n", "\n")
+    )
 
 
 def _identity(directory: DirectoryIdentity) -> str:

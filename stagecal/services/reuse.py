@@ -6,6 +6,7 @@ recorded when it was made; one that vanished or changed ends the attempt, and no
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -28,14 +29,12 @@ def serve_from_staged(site: Site, request: Request, now: datetime) -> Request | 
         files, absent = site.ledger.staged_files(source.token)
         # Linking and sweeping exclude each other: a source cannot be taken away under our hands.
         with site.locks.lock(STAGED_DATA_LOCK):
-            linked = _link(site, request, source, files)
-        if linked is None:
+            report = _report_of(site, source)
+            linked = _link(site, request, source, files) if report is not None else None
+        if report is None or linked is None:
             site.staging.discard(request.token)
-            site.ledger.note(
-                request.id,
-                Step("reuse", "does a staged directory hold it?", masked_token(source.token), "not as recorded"),
-                now,
-            )
+            seen = f"{masked_token(source.token)} is not as recorded"
+            site.ledger.note(request.id, Step("reuse", "does a staged directory hold it?", seen, "no"), now)
             continue
         by_block = {file.execution_block for file in files if file.execution_block}
         lines = [
@@ -46,7 +45,6 @@ def serve_from_staged(site: Site, request: Request, now: datetime) -> Request | 
                 if block in by_block
             ),
         ]
-        report = _report_of(site, source)
         staging = publish(site, request, linked, absent, report, now)
         return site.ledger.commit(
             request,
@@ -78,9 +76,9 @@ def _link(
     return tuple(linked)
 
 
-def _report_of(site: Site, source: Staging) -> dict[str, object]:
-    """Return how the products were made, as the source's receipt says it."""
-    import json
-
-    receipt = json.loads(site.staging.read(source.token, "receipt.json"))
-    return dict(receipt["made_by"])
+def _report_of(site: Site, source: Staging) -> dict[str, object] | None:
+    """Return how the products were made, as the source's receipt says it; None if the source has gone."""
+    try:
+        return dict(json.loads(site.staging.read(source.token, "receipt.json"))["made_by"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None

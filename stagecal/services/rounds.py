@@ -14,8 +14,10 @@ from datetime import datetime, timedelta
 from functools import partial
 
 from stagecal.domain.requests import Request, State
-from stagecal.ports import TransientError
+from stagecal.domain.turns import Turns
+from stagecal.ports import FatalError, TransientError
 from stagecal.services.context import Site
+from stagecal.services.dispatching import turns_of
 from stagecal.services.life import advance, is_due
 from stagecal.services.notifying import alarm_mail, deliver_due
 from stagecal.services.receiving import Receiver
@@ -39,7 +41,8 @@ class RoundResult:
 class Rounds:
     """The worker of a process. Without an executor every step is taken in the caller's thread.
 
-    `wake` is called when a step that ran in a thread has moved something.
+    `wake` is called when a step that ran in a thread is over. `waiting` remembers in which situation each accepted
+    request was looked at last.
     """
 
     site: Site
@@ -48,30 +51,44 @@ class Rounds:
     wake: Callable[[], None] = lambda: None
     in_flight: dict[str, Future[bool]] = field(default_factory=dict)
     next_mail_at: datetime | None = None
+    waiting: dict[str, tuple[datetime, str]] = field(default_factory=dict)
 
     def run(self) -> RoundResult:
         """Do one round."""
         now = self.site.clock.now()
         moved, next_at = self._look(now)
-        for request in self.site.ledger.open_requests():
-            if is_due(request, now):
+        requests = self.site.ledger.open_requests()
+        now_turns = turns_of(self.site, now)
+        for request in requests:
+            if is_due(request, now) and self._has_cause(request, now_turns):
                 moved |= self._do(request.id, partial(advance, self.site, request.id))
         # A mail server may keep us waiting for minutes: nobody else waits with us.
         moved |= self._do(_MAILS, self._send)
         self.in_flight = {key: future for key, future in self.in_flight.items() if not future.done()}
         times = [next_at, self.next_mail_at]
-        waiting = self.site.ledger.open_requests()
-        times += [request.not_before for request in waiting if request.not_before and not _rests(request)]
-        if any(self._waits_its_turn(request) for request in waiting):
-            times.append(now + IDLE_TICK)
+        for request in self.site.ledger.open_requests():
+            if _rests(request) or request.id in self.in_flight:
+                continue
+            # What has no time of its own waits for its turn, which another process may give it.
+            times.append(request.not_before or now + IDLE_TICK)
         return RoundResult(moved, min((time for time in times if time is not None), default=None))
+
+    def _has_cause(self, request: Request, now_turns: Turns) -> bool:
+        """Return whether there is anything to do for a request: one that waits its turn costs nothing meanwhile."""
+        if request.state is not State.ACCEPTED or request.wish:
+            self.waiting.pop(request.id, None)
+            return True
+        situation = (request.since, now_turns.makers.get(request.id, ""))
+        changed = self.waiting.get(request.id) != situation
+        self.waiting[request.id] = situation
+        return changed or now_turns.may_start(request.id)
 
     def _look(self, now: datetime) -> tuple[bool, datetime | None]:
         if self.receiver is None:
             return False, None
         try:
             new, again = self.receiver.look(now)
-        except TransientError as trouble:
+        except (TransientError, FatalError) as trouble:
             log.error("the trigger directory cannot be looked at: %s", trouble)
             self.site.ledger.enqueue(
                 "", [alarm_mail(self.site, "the trigger directory cannot be read", str(trouble), now)], now
@@ -88,14 +105,15 @@ class Rounds:
         running = self.in_flight.get(name)
         if running is None or running.done():
             self.in_flight[name] = self.executor.submit(work)
-            self.in_flight[name].add_done_callback(self._done)
+            self.in_flight[name].add_done_callback(partial(self._done, name))
         return False
 
-    def _done(self, future: Future[bool]) -> None:
+    def _done(self, name: str, future: Future[bool]) -> None:
         error = future.exception()
         if error is not None:
-            log.error("a step ended by %s: %s", type(error).__name__, error)
-        if error is None and future.result():
+            log.error("a step of %s ended by %s: %s", name, type(error).__name__, error)
+        # The loop has counted on this step: it looks again when the step is over, whatever came of it.
+        if name != _MAILS:
             self.wake()
 
     def _send(self) -> bool:
@@ -107,18 +125,18 @@ class Rounds:
             self.next_mail_at = now + timedelta(minutes=1)
         return False
 
-    def _waits_its_turn(self, request: Request) -> bool:
-        """Return whether the request waits for something that has no time of its own (its turn, its maker)."""
-        return request.not_before is None and not _rests(request) and request.id not in self.in_flight
-
     def _busy(self) -> bool:
         return any(not future.done() for future in self.in_flight.values())
 
     def is_idle(self) -> bool:
         """Return whether no request can move any more by itself, HELD ones aside."""
+        held = bool(self.site.ledger.setting("held"))
         return (
             not self._busy()
-            and all(_rests(request) for request in self.site.ledger.open_requests())
+            and all(
+                _rests(request) or (held and request.id in self.waiting and not request.wish)
+                for request in self.site.ledger.open_requests()
+            )
             and not (self.receiver is not None and self.receiver.unfinished)
             and not self.site.ledger.unsent_mails()
         )

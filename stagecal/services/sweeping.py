@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 
+from stagecal.domain.requests import Outcome
 from stagecal.domain.retention import Staging, SweepPlan, plan_sweep
 from stagecal.ports import FatalError, TransientError
 from stagecal.services.context import STAGED_DATA_LOCK, Site
 
 _ROOT = "staging-root"
+CLOCK_TOLERANCE = timedelta(minutes=5)
+"""How much earlier than the newest record the clock may be: the daemon records while a sweep looks."""
 
 
 @dataclass
@@ -41,6 +44,7 @@ def know_root(site: Site) -> None:
 
 def plan(site: Site, now: datetime) -> SweepPlan:
     """Return what a sweep would do now."""
+    newest = site.ledger.newest_time()
     stagings = site.ledger.stagings()
     present = list(site.staging.tokens())
     owed = {request.token for request in site.ledger.open_requests() if request.token}
@@ -54,7 +58,7 @@ def plan(site: Site, now: datetime) -> SweepPlan:
         kept=[token for token in present if site.staging.is_kept(token)],
         owed=owed,
         now=now,
-        newest_known=site.ledger.newest_time(),
+        newest_known=newest - CLOCK_TOLERANCE if newest else None,
         root_is_known=root_is_known,
     )
 
@@ -79,9 +83,14 @@ def sweep(
                 site.staging.withdraw(staging.token)
         except (TransientError, FatalError) as trouble:
             result.troubles[staging.token] = str(trouble)
+    present = set(site.staging.tokens())
     for staging in site.ledger.stagings():
-        if staging.withdrawn_at is not None:
+        if staging.withdrawn_at is not None or (staging.token not in present and staging.expires <= now):
             _purge(site, staging, result)
+    try:
+        _clear_leftovers(site, result)
+    except (TransientError, FatalError) as trouble:
+        result.troubles["leftovers"] = str(trouble)
     for token in result.deleted:
         told(token)
     return result
@@ -105,6 +114,11 @@ def _purge(site: Site, staging: Staging, result: SweepResult) -> None:
     try:
         site.staging.withdraw(staging.token)
         freed = site.staging.purge(staging.token)
+        if freed < 0 and _was_refused(site, staging):
+            # A `.donotremove` keeps data for their user; data that nobody may have stay out of reach.
+            site.staging.withdraw(staging.token)
+            result.kept.append(staging.token)
+            return
         if freed < 0:
             site.ledger.update_staging(replace(staging, withdrawn_at=None), now)
             result.kept.append(staging.token)
@@ -114,6 +128,25 @@ def _purge(site: Site, staging: Staging, result: SweepResult) -> None:
         result.freed += freed
     except (TransientError, FatalError) as trouble:
         result.troubles[staging.token] = str(trouble)
+
+
+def _was_refused(site: Site, staging: Staging) -> bool:
+    try:
+        return site.ledger.get(staging.request).outcome is not Outcome.DELIVERED
+    except KeyError:
+        return False
+
+
+def _clear_leftovers(site: Site, result: SweepResult) -> None:
+    """Remove what broken attempts and withdrawn requests left out of the web server's reach."""
+    used = {request.token for request in site.ledger.open_requests() if request.token}
+    known = {staging.token for staging in site.ledger.stagings()}
+    for token in site.staging.incoming_tokens():
+        if token not in used:
+            site.staging.discard(token)
+    for token in site.staging.retired_tokens():
+        if token not in used and token not in known:
+            result.freed += max(0, site.staging.purge(token))
 
 
 def extend(site: Site, token: str, days: int, now: datetime) -> Staging:

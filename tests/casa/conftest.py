@@ -68,7 +68,7 @@ def run_job(casa_python: Path) -> Callable[..., subprocess.CompletedProcess[str]
     def run(directory: Path, fetch: Path, **choices: Any) -> subprocess.CompletedProcess[str]:
         script = make_job(directory, casa_python, fetch, **choices)
         # A different current directory and a home that does not exist: the job must depend on neither.
-        environment = {**os.environ, "HOME": "/nonexistent"}
+        environment = {**os.environ, "HOME": str(directory.parent / "no-home")}
         return subprocess.run(
             [script], cwd="/", env=environment, capture_output=True, text=True, timeout=120, check=False
         )

@@ -97,8 +97,8 @@ class Commands:
         if number:
             process.send_signal(number)
         out, err = process.communicate(timeout=PATIENCE_S)
-        assert "Traceback" not in err + out
-        return Ended(process.returncode, out, err)
+        assert "Traceback" not in (err or "") + (out or "")
+        return Ended(process.returncode, out or "", err or "")
 
     def typed(self, answer: str, program: str, *arguments: str) -> Ended:
         """Run a command at a terminal and answer its question."""

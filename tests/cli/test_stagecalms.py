@@ -17,7 +17,6 @@ import pytest
 
 from stagecal.domain.requests import Outcome, State
 from tests.cli.conftest import Commands, wait_until
-from tests.goldens import golden, pytest_addoption  # noqa: F401 - the fixture; the option is the other one's
 from tests.sites import CALIBRATORS, CALIBRATORS_PROJECT, MAIN, MAIN_PROJECT, RELEASED, RELEASED_PROJECT, SiteForTests
 
 Golden = Callable[[str, str], None]
