@@ -187,7 +187,16 @@ def _demonstrate(demo: Demo) -> None:
     port = _serve_on_a_free_port(demo)
     demo.say("The daemon is started, and a web server for what is staged.")
     print("$ stagecal watch &\n", flush=True)
-    server = [sys.executable, "-m", "http.server", "--bind", "127.0.0.1", "--directory", demo.directory, str(port)]
+    server = [
+        sys.executable,
+        "-m",
+        "http.server",
+        "--bind",
+        "127.0.0.1",
+        "--directory",
+        demo.directory / "www",
+        str(port),
+    ]
     with (
         _running([BIN / "stagecal", "watch"], demo.directory / "watch.log", demo.environment),
         _running(server, demo.directory / "server.log", demo.environment),

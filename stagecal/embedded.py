@@ -25,6 +25,8 @@ _DELIVERED_EBS = (
     "WHERE ous.DOMAIN_ENTITY_STATE = 'Delivered' AND ebs.QA0STATUS IN ('Pass', 'SemiPass') ORDER BY 1"
 )
 
+_NO_LISTING = "<!doctype html><html lang=en><title>stagecal</title><p>Staged data have links of their own.</html>\n"
+
 
 def make_site(directory: Path) -> Path:
     """Make the site without its raw data; return its configuration file. Raises FatalError if it cannot be made."""
@@ -34,6 +36,10 @@ def make_site(directory: Path) -> Path:
         for name in ("triggers", "mail", "work", "preview", "state", "store"):
             (directory / name).mkdir(parents=True, exist_ok=True)
         (directory / "state").chmod(0o700)
+        # What a web server may show: the staged data and nothing else, and no list of whose there are.
+        (directory / "www").mkdir()
+        (directory / "www" / "preview").symlink_to(Path("..", "preview"))
+        (directory / "preview" / "index.html").write_text(_NO_LISTING, encoding="utf-8")
         create_embedded_archive(directory / "archive.db", resource("etc", "archive.sql").read_text(encoding="utf-8"))
         store = directory / "store"
         for source in (

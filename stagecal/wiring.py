@@ -112,6 +112,10 @@ def nodes(config: Config) -> Nodes:
     """Return the nodes by the `[cluster]` section."""
     from stagecal.adapters.nodes_local import LocalNodes
 
+    if len(config.cluster.nodes) > 1:
+        raise UsageError(
+            '[[cluster.nodes]] names several nodes, but the runner "local" has only this machine: keep one'
+        )
     node = config.cluster.nodes[0]
     wrapper = resource("templates", "job", "wrapper.sh").read_bytes()
     return LocalNodes(config.cluster.work_area, node.name, node.labels, wrapper)
@@ -124,6 +128,11 @@ def site(config: Config, *, anew: bool = False) -> Site:
     from stagecal.adapters.trigger_directory import TriggerDirectory
     from stagecal.services.context import Site
 
+    if not config.state.directory.is_dir():
+        raise UsageError(
+            f"the state directory {config.state.directory} is not there: make it for the service's user "
+            "(`stagecal watch` makes it at its first start)"
+        )
     return Site(
         config=config,
         clock=clock(),

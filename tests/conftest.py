@@ -17,8 +17,6 @@ from typing import Any
 
 import pytest
 
-pytest_plugins = ["goldens"]
-
 # Golden files, and the option that renews them.
 pytest_plugins = ["tests.goldens"]
 

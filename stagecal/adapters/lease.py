@@ -31,6 +31,7 @@ from stagecal.ports import FatalError, TransientError
 LEASE_NAME = ".stagecal-lease"
 LOCK_NAME = "watch.lock"
 SITE_NAME = "site-id"
+_PROBES, _PROBE_S = 10, 0.02
 DEFAULT_STALE_S = 90.0
 _RECORD_BYTES = 2048  # One write of a fixed size: a reader never sees a short record with an old tail.
 _LOOKS_WHILE_WATCHING = 18
@@ -220,6 +221,18 @@ class Lease:
 # --- on this machine -----------------------------------------------------------------------------------------------
 
 
+def _take(file: int, flock: Callable[[int, int], None]) -> None:
+    """Take the lock; a command that looks at this moment whether a daemon runs must not keep one from starting."""
+    for _ in range(_PROBES):
+        try:
+            flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(_PROBE_S)
+        else:
+            return
+    flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 def _locked(state_directory: Path, flock: Callable[[int, int], None]) -> int:
     path = state_directory / LOCK_NAME
     try:
@@ -227,7 +240,7 @@ def _locked(state_directory: Path, flock: Callable[[int, int], None]) -> int:
     except OSError as error:
         raise FatalError(f"{path} cannot be opened: {error.strerror}") from error
     try:
-        flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _take(file, flock)
         me = this_process()
         os.ftruncate(file, 0)
         os.pwrite(file, f"pid {me.pid} on {me.host}\n".encode(), 0)

@@ -184,7 +184,10 @@ class SqliteLedger:
         except sqlite3.OperationalError as error:
             raise TransientError(f"the ledger {self._path} cannot be used now: {error}") from error
         except sqlite3.DatabaseError as error:
-            raise FatalError(f"the ledger {self._path} is damaged: {error}; see `stagecal rebuild`") from error
+            raise FatalError(
+                f"the ledger {self._path} is damaged ({error}): move it and its -wal and -shm files away, "
+                "then run `stagecal rebuild`"
+            ) from error
         except OSError as error:
             raise TransientError(f"the state directory {self._directory} cannot be used: {error.strerror}") from error
 

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from stagecal.cli.common import DONE, WORK_FAILED, load, parser
+from stagecal.cli.common import DONE, WORK_FAILED, load, only_the_service, parser
 
 if TYPE_CHECKING:
     from stagecal.config import Config
@@ -27,6 +27,7 @@ def make_parser(program: str) -> argparse.ArgumentParser:
 def command(options: argparse.Namespace, _name: str) -> int:
     """Check, print a line per check, and return 1 if there is any fault."""
     config = load(options)
+    only_the_service(config.state.directory)
     print(f"ok    configuration     {config.path}")
     faults = 0
     for finding in _findings(config):

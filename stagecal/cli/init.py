@@ -39,5 +39,5 @@ def command(options: argparse.Namespace, _name: str) -> int:
     print(f"  export STAGECAL_CONFIG={config}")
     print("  stagecal watch &")
     print('  trigger-calms 2017.1.01347.S "Pi Person" pi@example.org 12345 uid://A001/X12a3/X80e')
-    print(f"  python3 -m http.server --bind 127.0.0.1 --directory {directory} 8000   # serves what is staged")
+    print(f"  python3 -m http.server --bind 127.0.0.1 --directory {directory / 'www'} 8000   # serves what is staged")
     return DONE

@@ -21,12 +21,14 @@ def command(options: argparse.Namespace, _name: str) -> int:
     """Rebuild and say what was found."""
     from stagecal import wiring
     from stagecal.services.rebuilding import rebuild
+    from stagecal.services.sweeping import know_root
 
     config = load(options)
     only_the_service(config.state.directory)
     if wiring.daemon_is_running(config):
         raise CommandError(ALREADY_RUNNING, "the daemon is running: stop it first (systemctl stop stagecal)")
     site = wiring.site(config, anew=True)
+    know_root(site)
     found = rebuild(site, wiring.ledger(config), config.cluster.work_area, site.clock.now())
     print(
         f"{len(set(found.requests))} requests, {len(found.stagings)} staged directories, {len(found.jobs)} running jobs"

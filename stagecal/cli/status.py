@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from stagecal.cli.common import DONE, find_request, load, parser, print_json
+from stagecal.cli.common import DONE, find_request, load, only_the_service, parser, print_json
 
 _RECENT = 20
 
@@ -26,7 +26,9 @@ def command(options: argparse.Namespace, _name: str) -> int:
     from stagecal.cli.overview import overview
     from stagecal.domain.requests import State
 
-    site = wiring.site(load(options))
+    config = load(options)
+    only_the_service(config.state.directory)
+    site = wiring.site(config)
     if options.id:
         requests = [find_request(site, options.id)]
     else:

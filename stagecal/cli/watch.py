@@ -33,6 +33,9 @@ log = logging.getLogger("stagecal.watch")
 PROGRAM = "stagecal watch"
 _THREADS = 12
 _BEAT_S = 10
+_TROUBLE_S = 2
+# What operators wish for is seen this soon.
+_OPEN_S = 2
 # Nobody takes a lease over before its heartbeat is missed for longer than this (adapters/lease.py).
 _UNSEEN_S = 60
 _HOUSEKEEPING_S = 3600
@@ -86,6 +89,8 @@ def _daemon(config: Config, site: Site, lease: Lease) -> _Daemon:
     if config.restore.chosen_engine == "casatasks":
         from stagecal.casa_worker import ensure_casa_worker
 
+        # The first start may download it, which takes longer than a service may take to start.
+        wiring.tell_service_manager("EXTEND_TIMEOUT_USEC=1800000000")
         ensure_casa_worker(config.restore.casa_worker, progress=sys.stderr)
     wake = threading.Event()
     executor = ThreadPoolExecutor(max_workers=_THREADS, thread_name_prefix="step")
@@ -189,7 +194,8 @@ class _Daemon:
         self.wake.set()
 
     def _sleep(self, next_at: datetime | None, ping_s: float, *, until_idle: bool) -> None:
-        pause = min(ping_s, _BEAT_S, self.config.triggers.scan_interval_s)
+        longest = _OPEN_S if self.site.ledger.open_requests() else _BEAT_S
+        pause = min(ping_s, longest, self.config.triggers.scan_interval_s)
         if next_at is not None:
             pause = min(pause, max(0.0, (next_at - self.site.clock.now()).total_seconds()))
         if until_idle:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import re
 
-from stagecal.cli.common import DONE, find_request, load, parser, print_json
+from stagecal.cli.common import DONE, find_request, load, only_the_service, parser, print_json
+
+_TOKEN = re.compile(r"(?<![0-9a-f])[0-9a-f]{32}(?![0-9a-f@])")
 
 
 def make_parser(program: str) -> argparse.ArgumentParser:
@@ -22,14 +25,14 @@ def command(options: argparse.Namespace, _name: str) -> int:
     from stagecal.cli.overview import overview
     from stagecal.domain.identifiers import masked_token
 
-    site = wiring.site(load(options))
+    config = load(options)
+    only_the_service(config.state.directory)
+    site = wiring.site(config)
     request = find_request(site, options.id)
     record = overview(site, [request], show_urls=options.show_urls, now=site.clock.now())[0]
 
     def shown(text: str) -> str:
-        return (
-            text if options.show_urls or not request.token else text.replace(request.token, masked_token(request.token))
-        )
+        return text if options.show_urls else _TOKEN.sub(lambda match: masked_token(match[0]), text)
 
     steps = [
         {

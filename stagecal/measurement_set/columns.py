@@ -113,9 +113,7 @@ def _cut(data: bytes, offset: int, length: int) -> bytes:
 # StandardStMan: a column lies in the same place of every bucket of its index.
 
 
-def _standard_parts(
-    files: Files, manager: Manager, column: Column, cell: int, big_endian: bool
-) -> Iterator[bytes]:
+def _standard_parts(files: Files, manager: Manager, column: Column, cell: int, big_endian: bool) -> Iterator[bytes]:
     name = _file_name(manager.number)
     file_header = read_standard(files, name, big_endian=big_endian)
     offset, index_number = _standard_place(manager, column)

@@ -110,7 +110,8 @@ class Directory:
 
     def entries(self) -> tuple[frozenset[str], frozenset[str]]:
         """Return the names of its files and those of its directories; a link to a directory counts as one."""
-        files, directories = [], []
+        files: list[str] = []
+        directories: list[str] = []
         with os.scandir(self.path) as entries:
             for entry in entries:
                 (directories if entry.is_dir() else files).append(entry.name)

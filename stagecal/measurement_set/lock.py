@@ -24,7 +24,7 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -36,9 +36,9 @@ SUFFIX = ".lock"
 _LONGEST_PAUSE_S = 0.1
 _NO_LOCKS = frozenset({errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK})
 _IN_DIRECTORY = re.compile(r"(?s)(.*)-[0-9a-f]{16}\.lock")
-_RECORD_LIMIT = 4096
+_RECORD_LIMIT = 16384
 _COMMAND_LIMIT = 500
-# Exit code 0: a second process gets the lock that we hold. 1: it is refused, as it has to be. Else: nobody knows.
+# Exit code 0: a second process gets the lock that we hold. 3: it is refused, as it has to be. Else: nobody knows.
 _SECOND_PROCESS = """
 import fcntl, sys
 try:
@@ -48,9 +48,7 @@ except OSError:
 try:
     fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
 except BlockingIOError:
-    sys.exit(1)
-except OSError:
-    sys.exit(2)
+    sys.exit(3)
 """
 
 
@@ -111,10 +109,10 @@ def ms_lock(
     Raises LockTimeout, LocksDoNotLock, LockHeldHere, or MeasurementSetError if the lock file cannot be made.
     """
     lock = lock_path(path, directory)
-    here = f"{lock} is held by this thread already: take it once, around all of the work"
-    if _threads.get(lock) == threading.get_ident():
-        raise LockHeldHere(here)
-    held = _wait(lock, Path(os.path.realpath(path)), timeout_s)
+    measurement_set = os.path.realpath(path)
+    if _threads.get(measurement_set) == threading.get_ident():
+        raise LockHeldHere(f"{measurement_set} is locked by this thread already: lock it once, around all of the work")
+    held = _wait(lock, measurement_set, timeout_s)
     try:
         held.record(command if command is not None else _own_command())
         if inherited:
@@ -150,7 +148,8 @@ def lock_states(path: Path, directory: Path | None = None) -> list[LockState]:
     if nothing of that name can be looked at.
     """
     if path.is_dir() and not (path / "table.dat").exists():
-        return [_state(found) for found in sorted(_lock_files(path))]
+        own = lock_path(path, directory)
+        return [_state(found) for found in sorted({*_lock_files(path), *([own] if own.exists() else [])})]
     if path.suffix == SUFFIX and path.is_file():
         return [_state(path)]
     lock = lock_path(path, directory)
@@ -166,12 +165,12 @@ def lock_states(path: Path, directory: Path | None = None) -> list[LockState]:
 class _Held:
     """What is open while the lock is held: the lock file and, for want of trust in others, the measurement set."""
 
-    lock: Path
+    measurement_set: str
     descriptors: tuple[int, ...]
     process: int
 
     def record(self, command: str) -> None:
-        """Write into the lock file who holds it. A record that cannot be written is none; the lock holds all the same."""
+        """Write into the lock file who holds it. If that cannot be written, the lock holds all the same."""
         holder = Holder(os.uname().nodename, os.getpid(), command[:_COMMAND_LIMIT], _now())
         text = json.dumps(asdict(holder)) + "\n"
         with contextlib.suppress(OSError):
@@ -190,11 +189,12 @@ class _Held:
         with contextlib.suppress(OSError):
             os.ftruncate(self.descriptors[0], 0)
         _close(self.descriptors)
-        _threads.pop(self.lock, None)
+        _threads.pop(self.measurement_set, None)
 
 
-# Lock files that threads of this process hold or try to take; and what a forked child closes, so that it keeps no lock.
-_threads: dict[Path, int] = {}
+# Which thread of this process holds or tries to take the lock of a measurement set; and what a forked child closes, so
+# that it keeps no lock.
+_threads: dict[str, int] = {}
 _close_in_children: set[int] = set()
 # File systems (st_dev) on which a second process was refused.
 _proven: set[int] = set()
@@ -211,7 +211,7 @@ def _forget_in_child() -> None:
 os.register_at_fork(after_in_child=_forget_in_child)
 
 
-def _wait(lock: Path, measurement_set: Path, timeout_s: float) -> _Held:
+def _wait(lock: Path, measurement_set: str, timeout_s: float) -> _Held:
     """Try until we hold the lock. Asking again and again can be ended at any time, in any thread; waiting cannot."""
     start = time.monotonic()
     pause = 0.001
@@ -227,58 +227,71 @@ def _wait(lock: Path, measurement_set: Path, timeout_s: float) -> _Held:
     return held
 
 
-def _try(lock: Path, measurement_set: Path) -> _Held | None:
-    """Take the lock if it is free; return None if it is not. Threads exclude each other by name: some file systems
-    (NFS) know processes only."""
-    if _threads.setdefault(lock, threading.get_ident()) != threading.get_ident():
+def _try(lock: Path, measurement_set: str) -> _Held | None:
+    """Take the lock if it is free; return None if it is not.
+
+    Threads exclude each other by name: on some file systems (NFS) flock knows processes only.
+    """
+    if _threads.setdefault(measurement_set, threading.get_ident()) != threading.get_ident():
         return None
     descriptors: list[int] = []
+    taken = False
     try:
-        descriptors.append(_open(lock))
-        if _flock(descriptors[0], lock) and _is_still(lock, descriptors[0]) and _guard(measurement_set, descriptors):
+        _keep(descriptors, _open(lock))
+        taken = (
+            _flock(descriptors[0], lock) and _is_still(lock, descriptors[0]) and _guard(measurement_set, descriptors)
+        )
+        if taken:
             _prove(lock, descriptors[0])
-            _close_in_children.update(descriptors)
-            return _Held(lock, tuple(descriptors), os.getpid())
     except BaseException:
-        _close(descriptors)
-        _threads.pop(lock, None)
+        taken = False
         raise
-    _close(descriptors)
-    _threads.pop(lock, None)
-    return None
+    finally:
+        if not taken:
+            _close(descriptors)
+            _threads.pop(measurement_set, None)
+    return _Held(measurement_set, tuple(descriptors), os.getpid()) if taken else None
 
 
-def _close(descriptors: list[int] | tuple[int, ...]) -> None:
+def _keep(descriptors: list[int], descriptor: int) -> None:
+    descriptors.append(descriptor)
+    _close_in_children.add(descriptor)
+
+
+def _close(descriptors: Iterable[int]) -> None:
     for descriptor in descriptors:
         _close_in_children.discard(descriptor)
         with contextlib.suppress(OSError):
+            # Closing alone would not free it while a child has it open.
             fcntl.flock(descriptor, fcntl.LOCK_UN)
-        os.close(descriptor)
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
 
 
 def _open(lock: Path) -> int:
-    """Open the lock file, made if it is not there; never one elsewhere to which a symbolic link leads.
-
-    The file of another user that we may only read can be locked all the same, on most file systems.
-    """
+    """Open the lock file, made if it is not there; never one elsewhere to which a symbolic link leads."""
     flags = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    for how in (os.O_RDWR, os.O_RDONLY, os.O_RDWR | os.O_CREAT):
+    try:
         try:
-            descriptor = os.open(lock, how | flags, 0o666)
+            descriptor = os.open(lock, os.O_RDWR | flags)
         except FileNotFoundError:
-            if how & os.O_CREAT:
-                raise MeasurementSetError(f"{lock} cannot be made: {lock.parent} is not there") from None
-            continue
+            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | flags, 0o666)
+            with contextlib.suppress(OSError):
+                # Whoever may write beside it may use it, whatever our umask is.
+                os.fchmod(descriptor, os.stat(lock.parent).st_mode & 0o666)
         except OSError as error:
-            if how == os.O_RDWR and error.errno in (errno.EACCES, errno.EROFS):
-                continue
-            hint = "name a directory of locks that you may write to" if how & os.O_CREAT else "look what it is"
-            raise MeasurementSetError(f"{lock} cannot be used as lock file: {error.strerror}: {hint}") from error
-        if stat.S_ISREG(os.fstat(descriptor).st_mode):
-            return descriptor
+            # The lock file of another user that we may only read can be locked all the same, on most file systems.
+            if error.errno not in (errno.EACCES, errno.EROFS):
+                raise
+            descriptor = os.open(lock, os.O_RDONLY | flags)
+    except OSError as error:
+        raise MeasurementSetError(
+            f"{lock} cannot be used as lock file: {error.strerror}: look at it, or name another directory of locks"
+        ) from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        break
-    raise MeasurementSetError(f"{lock} cannot be used as lock file: it is no plain file: look what it is")
+        raise MeasurementSetError(f"{lock} cannot be used as lock file: it is no plain file: look what it is")
+    return descriptor
 
 
 def _flock(descriptor: int, lock: Path) -> bool:
@@ -306,14 +319,14 @@ def _is_still(lock: Path, descriptor: int) -> bool:
     return os.path.samestat(named, os.fstat(descriptor))
 
 
-def _guard(measurement_set: Path, descriptors: list[int]) -> bool:
+def _guard(measurement_set: str, descriptors: list[int]) -> bool:
     """Lock the directory of the measurement set too, where that works.
 
     If somebody removes the lock file while it is held (a clean-up of "stale locks"), the next one makes a new file and
     gets its lock; here it meets the living holder again.
     """
     try:
-        descriptors.append(os.open(measurement_set, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+        _keep(descriptors, os.open(measurement_set, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
     except OSError:
         return True
     try:
@@ -348,7 +361,7 @@ def _prove(lock: Path, descriptor: int) -> None:
             f"{lock.parent}: two processes get the same lock: mount the file system with locks (Lustre: -o flock, "
             "NFS: not nolock or local_lock), or name a directory of locks elsewhere"
         )
-    if second.returncode == 1:
+    if second.returncode == 3:
         _proven.add(device)
 
 

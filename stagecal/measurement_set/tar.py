@@ -49,12 +49,13 @@ class Tar:
             end = 0
             try:
                 with tarfile.open(fileobj=file, mode="r:") as tar:
-                    while member := tar.next():
-                        self._add(member)
+                    while True:
+                        # Not by iterating: that would keep an object for each member.
+                        file.seek(end)
+                        self._add(tarfile.TarInfo.fromtarfile(tar))
                         end = tar.offset
-                        tar.members.clear()  # Else it would hold them all.
             except tarfile.TarError:
-                if not self._members:
+                if end == 0 and file.seek(0) == 0 and file.read(2 * BLOCK) != bytes(2 * BLOCK):
                     raise Damaged(f"{self.path} is no tar file; get it again") from None
             if os.pread(self.descriptor, 2 * BLOCK, end) != bytes(2 * BLOCK):
                 line = f"the tar file is cut or damaged at byte {end} of {self._size}, nothing after that was found"

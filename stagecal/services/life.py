@@ -61,6 +61,8 @@ def advance(site: Site, request_id: str) -> bool:
                 request.wish,
             ):
                 return moved
+            if after.state is not request.state:
+                log.info("request %s: %s -> %s", after.id, request.state, after.state)
             moved = True
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from datetime import datetime, timedelta
 
@@ -17,7 +18,7 @@ from stagecal.domain.records import MailKind, NewMail, OutboxMail, Recipient, Re
 from stagecal.domain.requests import Origin, Outcome, Request, State, retry_delay
 from stagecal.domain.trigger import subject as request_subject
 from stagecal.domain.verdicts import Verdict, advice
-from stagecal.ports import FatalError, MailReply, TransientError
+from stagecal.ports import FatalError, MailReply, RecipientResult, TransientError
 from stagecal.services.context import Site
 from stagecal.services.dispatching import handle_of, release_slot
 from stagecal.services.judging import judge_request
@@ -25,6 +26,7 @@ from stagecal.services.publishing import page_values
 
 log = logging.getLogger(__name__)
 
+_MAIL_LINES = 4
 LIFETIME = timedelta(days=5)
 """How long a mail is tried (RFC 5321 §4.5.4.1: at least four to five days)."""
 
@@ -236,41 +238,49 @@ def alarm_mail(site: Site, what: str, text: str, now: datetime, *, about: str = 
 
 
 def deliver(site: Site, mail: OutboxMail, now: datetime) -> OutboxMail:
-    """Try the recipients that are due; return the mail as the outbox has it then."""
-    with site.locks.try_lock(f"mail-{mail.id}") as free:
-        if not free:
+    """Try the recipients that are due; return the mail as the outbox has it then.
+
+    A mail server may keep a sender waiting for minutes, so only so many mails are on their way at a time.
+    """
+    with ExitStack() as held:
+        if not held.enter_context(site.locks.try_lock(f"mail-{mail.id}")):
             return mail
-        current = site.ledger.mail(mail.message_id) or mail
-        due = current.pending(now)
-        if not due:
-            return current
-        counted = [
-            replace(one, attempts=one.attempts + 1, not_before=now + retry_delay(one.attempts + 1)) for one in due
-        ]
-        # Counted before the attempt, so that a mail which kills us is not tried at once again.
-        site.ledger.update_recipients(mail.id, counted)
-        results = site.mailer.send(mail.sender, [one.address for one in due], mail.message)
-        outcome = []
-        for one in counted:
-            result = results[one.address]
-            if result.reply is MailReply.ACCEPTED:
-                outcome.append(replace(one, state=RecipientState.ACCEPTED, not_before=None, text=result.text))
-            elif result.reply is MailReply.REFUSED:
-                outcome.append(replace(one, state=RecipientState.REFUSED, not_before=None, text=result.text))
-            elif result.reply is MailReply.UNKNOWN and one.unconfirmed:
-                # It was sent whole twice under one Message-ID: more copies would help nobody.
-                text = f"taken as accepted after two attempts without an answer: {result.text}"
-                outcome.append(replace(one, state=RecipientState.ACCEPTED, not_before=None, text=text))
-            elif now - (one.tried_since or mail.created_at) > LIFETIME:
-                text = f"given up after {LIFETIME.days} days: {result.text}"
-                outcome.append(replace(one, state=RecipientState.DROPPED, not_before=None, text=text))
-            else:
-                unconfirmed = one.unconfirmed or result.reply is MailReply.UNKNOWN
-                outcome.append(replace(one, text=result.text, unconfirmed=unconfirmed))
-        site.ledger.update_recipients(mail.id, outcome)
-        seen = "; ".join(f"{one.address} {_word(one)}" for one in outcome)
-        site.ledger.note(mail.request, Step(f"mail {mail.kind}", "is it accepted?", seen, mail.message_id), now)
-        return site.ledger.mail(mail.message_id) or mail
+        lines = (held.enter_context(site.locks.try_lock(f"mail-line-{number}")) for number in range(_MAIL_LINES))
+        if not any(lines):
+            return mail
+        return _attempt(site, site.ledger.mail(mail.message_id) or mail, now)
+
+
+def _attempt(site: Site, mail: OutboxMail, now: datetime) -> OutboxMail:
+    due = mail.pending(now)
+    if not due:
+        return mail
+    # Counted before the attempt, so that a mail which kills us is not tried at once again.
+    counted = [replace(one, attempts=one.attempts + 1, not_before=now + retry_delay(one.attempts + 1)) for one in due]
+    site.ledger.update_recipients(mail.id, counted)
+    results = site.mailer.send(mail.sender, [one.address for one in due], mail.message)
+    outcome = [_after(one, results[one.address], mail, now) for one in counted]
+    site.ledger.update_recipients(mail.id, outcome)
+    seen = "; ".join(f"{one.address} {_word(one)}" for one in outcome)
+    site.ledger.note(mail.request, Step(f"mail {mail.kind}", "is it accepted?", seen, mail.message_id), now)
+    return site.ledger.mail(mail.message_id) or mail
+
+
+def _after(one: Recipient, result: RecipientResult, mail: OutboxMail, now: datetime) -> Recipient:
+    """Return what an attempt means for a recipient."""
+    if result.reply is MailReply.ACCEPTED:
+        return replace(one, state=RecipientState.ACCEPTED, not_before=None, text=result.text)
+    if result.reply is MailReply.REFUSED:
+        return replace(one, state=RecipientState.REFUSED, not_before=None, text=result.text)
+    if result.reply is MailReply.UNKNOWN and one.unconfirmed:
+        # It was sent whole twice under one Message-ID: more copies would help nobody.
+        text = f"taken as accepted after two attempts without an answer: {result.text}"
+        return replace(one, state=RecipientState.ACCEPTED, not_before=None, text=text)
+    if now - (one.tried_since or mail.created_at) > LIFETIME:
+        text = f"given up after {LIFETIME.days} days: {result.text}"
+        return replace(one, state=RecipientState.DROPPED, not_before=None, text=text)
+    unconfirmed = one.unconfirmed or result.reply is MailReply.UNKNOWN
+    return replace(one, text=result.text, unconfirmed=unconfirmed)
 
 
 def _word(recipient: Recipient) -> str:

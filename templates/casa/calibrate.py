@@ -3,18 +3,24 @@
 Reads job.json, rawdata/<EB>/<EB>.ms and rawdata/<EB>/products/; leaves products/<EB>.ms.split.cal for each EB, for a
 request of all data also auxiliary/, and at the very end report.json (docs/engines.md has its fields). A named field
 that is no calibrator leaves a report that says so and no product. Any failure is a message on stderr, exit code 1,
-no report and nothing in products/.
+no report and nothing in products/. CASA is not started where locks do not lock, and every measurement set is used
+under its lock (docs/measurement-sets.md).
 
 The text keeps to what Python 2.7 and 3 have in common, because older CASA brings the former.
 """
 from __future__ import print_function
 
+import contextlib
+import errno
+import fcntl
 import gzip
+import hashlib
 import io
 import json
 import os
 import re
 import shutil
+import stat
 import sys
 import tarfile
 import time
@@ -27,6 +33,7 @@ CALIBRATION = "CALIBRATE_"
 FEWEST_CHANNELS = 5
 MOST_MEMBERS = 200000
 MOST_BYTES = 200 * 1024 ** 3
+LOCK_TIMEOUT = 3600.0
 _UID = re.compile(r"uid://A00[0-9a-f]/X[0-9a-f]+/X[0-9a-f]+\Z")
 _TABLE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*\Z")
 _CALTABLE = re.compile(r"\bcaltable\s*=\s*(['\"])(.*?)\1")
@@ -57,6 +64,144 @@ def start_casa():
     return casatasks, casatools
 
 
+# --- locks ----------------------------------------------------------------------------------------------------------
+
+
+def require_locks(directory):
+    """Raise JobError unless what one process locks in the directory is refused to another one.
+
+    casacore locks bytes of its table.lock (fcntl), stagecal locks whole files (flock); some file systems have neither,
+    or hand one lock to two processes. What CASA writes there may be unreadable later.
+    """
+    path = os.path.join(directory, ".lock-probe-%d" % os.getpid())
+    for name, lock in (("flock", fcntl.flock), ("fcntl", fcntl.lockf)):
+        try:
+            with open(path, "wb") as probe:
+                lock(probe, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                trouble = "two processes get the same lock (%s)" % name if another_gets(path, lock) else None
+        except EnvironmentError as error:
+            trouble = "%s fails (%s)" % (name, errno.errorcode.get(error.errno, error))
+        if os.path.exists(path):
+            os.remove(path)
+        if trouble:
+            raise JobError("locks do not lock in %s: %s; CASA is not started there, because measurement sets would get "
+                           "damaged: mount the file system with locks (Lustre: -o flock)" % (directory, trouble))
+
+
+def another_gets(path, lock):
+    """Return whether another process gets the lock that this one holds."""
+    child = os.fork()
+    if child == 0:
+        try:
+            with open(path, "r+b") as probe:
+                lock(probe, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return os.waitpid(child, 0)[1] == 0
+
+
+def lock_file_of(measurement_set, directory):
+    """Return the lock file of a measurement set, by the same rule as `stagecal ms lock`."""
+    real = os.path.realpath(measurement_set)
+    if directory is None:
+        return real + ".lock"
+    as_bytes = real if isinstance(real, bytes) else os.fsencode(real)
+    name = os.path.basename(as_bytes)[:100]
+    if not isinstance(name, str):
+        name = os.fsdecode(name)
+    return os.path.join(os.path.realpath(directory), "%s-%s.lock" % (name, hashlib.sha256(as_bytes).hexdigest()[:16]))
+
+
+@contextlib.contextmanager
+def locked(measurement_set):
+    """Hold the lock of a measurement set, as all of stagecal does; wait for whoever holds it.
+
+    It lies beside the real measurement set, or where job.json says (locks: directory, timeout_s). Raises JobError when
+    the time is over. What we may only read is used without a lock where none can be made: we do not change it.
+    """
+    settings = job_file().get("locks") or {}
+    path = lock_file_of(measurement_set, settings.get("directory"))
+    descriptor = None
+    try:
+        descriptor = wait_for_lock(path, float(settings.get("timeout_s") or LOCK_TIMEOUT))
+    except EnvironmentError as error:
+        if error.errno not in (errno.EACCES, errno.EROFS) or os.access(measurement_set, os.W_OK):
+            raise JobError("%s cannot be locked: %s" % (path, error))
+        tell("%s is used without a lock: we may only read it, and cannot make %s" % (measurement_set, path))
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            # Never removed: whoever waits for a removed file and whoever makes it anew would both get "the" lock.
+            write_holder(descriptor, "")
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+            os.close(descriptor)
+
+
+def wait_for_lock(path, timeout):
+    """Return a descriptor of the lock file that holds its lock."""
+    end = None
+    while True:
+        descriptor = open_lock(path)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            named = os.lstat(path)
+            own = os.fstat(descriptor)
+            if (named.st_dev, named.st_ino) == (own.st_dev, own.st_ino):
+                holder = {"host": os.uname()[1], "pid": os.getpid(), "since": now(),
+                          "command": "calibrate.py in %s" % os.path.basename(HERE)}
+                write_holder(descriptor, json.dumps(holder) + "\n")
+                return descriptor
+        except EnvironmentError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES, errno.ENOENT):
+                os.close(descriptor)
+                raise
+        holder = os.read(descriptor, 2000).decode("ascii", "replace").strip() or "somebody who left no name"
+        os.close(descriptor)
+        if end is None:
+            end = time.time() + timeout
+            tell("Waiting for %s, held by %s ..." % (path, holder))
+        elif time.time() >= end:
+            raise JobError("%s is held by %s: waited %d s" % (path, holder, timeout))
+        time.sleep(1)
+
+
+def open_lock(path):
+    flags = os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        descriptor = os.open(path, os.O_RDWR | flags)
+    except EnvironmentError as error:
+        if error.errno == errno.ENOENT:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o666)
+            try:
+                # Whoever may write beside it may use it, whatever our umask is.
+                os.fchmod(descriptor, os.stat(os.path.dirname(path)).st_mode & 0o666)
+            except EnvironmentError:
+                pass
+        elif error.errno in (errno.EACCES, errno.EROFS):
+            # The lock file of another user that we may only read can be locked all the same.
+            descriptor = os.open(path, os.O_RDONLY | flags)
+        else:
+            raise
+    # Python 2 would let programs that CASA starts keep the lock.
+    fcntl.fcntl(descriptor, fcntl.F_SETFD, fcntl.FD_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise JobError("%s is no plain file: it cannot be a lock file" % path)
+    return descriptor
+
+
+def write_holder(descriptor, text):
+    try:
+        os.ftruncate(descriptor, 0)
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        os.write(descriptor, text.encode("ascii"))
+    except EnvironmentError:
+        # Others will not know who holds it; it is held all the same.
+        pass
+
+
 # --- what is asked and what is there --------------------------------------------------------------------------------
 
 
@@ -77,10 +222,14 @@ class Block(object):
         return "../rawdata/%s/products/%s" % (self.name, name)
 
 
+def job_file():
+    with io.open(os.path.join(HERE, "job.json"), encoding="utf-8") as file:
+        return json.load(file)
+
+
 def read_job():
     """Return the blocks and the calfields (in order, without repetition) of job.json."""
-    with io.open(os.path.join(HERE, "job.json"), encoding="utf-8") as file:
-        job = json.load(file)
+    job = job_file()
     blocks = [Block(uid) for uid in job["execution_blocks"]]
     if not blocks or len(set(block.uid for block in blocks)) != len(blocks):
         raise JobError("job.json: execution_blocks must name at least one execution block, and each once")
@@ -327,6 +476,7 @@ def run():
     started = now()
     os.chdir(os.path.join(HERE, "working"))
     blocks, calfields = read_job()
+    require_locks(os.getcwd())
     for block in blocks:
         look_for_inputs(block)
     casatasks, casatools = start_casa()
@@ -339,7 +489,10 @@ def run():
         "started": started,
     }
     tell("CASA %s" % report["casa_version"])
-    observations = [Observation(casatools, block) for block in blocks]
+    observations = []
+    for block in blocks:
+        with locked(block.raw):
+            observations.append(Observation(casatools, block))
     if calfields:
         report["not_calibrators"] = not_calibrators(calfields, blocks, observations)
     if report["not_calibrators"]:
@@ -365,8 +518,9 @@ def make_products(casatasks, casatools, blocks, observations, calfields, report)
         shutil.copyfile(block.archived(block.library), block.library)
         expand(block.archived(block.caltables))
         check_library(block)
-        report["commands"].append(split_calibrated(casatasks, block, observation, rows))
-        check_product(casatools, block, rows)
+        with locked(block.raw), locked(block.product):
+            report["commands"].append(split_calibrated(casatasks, block, observation, rows))
+            check_product(casatools, block, rows)
         entry["ms"] = block.product
         entry["fields"] = sorted(set(observation.names[row] for row in rows))
         done.append(block)
@@ -376,9 +530,19 @@ def make_products(casatasks, casatools, blocks, observations, calfields, report)
         os.rename(block.product, os.path.join("..", "products", block.product))
 
 
+def check_locks():
+    """For run.sh: look, before hours of fetching, whether CASA could be started at all; return the exit code."""
+    return outcome(lambda: require_locks(os.path.join(HERE, "working")))
+
+
 def main():
+    return outcome(run)
+
+
+def outcome(work):
+    """Do the work; return its exit code, and tell what failed."""
     try:
-        run()
+        work()
     except JobError as error:
         sys.stderr.write("calibrate.py: failed: %s\n" % error)
         return 1

@@ -9,6 +9,9 @@ worker_python={{ worker_python | shell_quote }}
 # Plain mkdir on purpose: a job directory is used once, and what an earlier run left is never mixed in.
 mkdir rawdata working products auxiliary
 
+# CASA is not started where locks do not lock. That is known before anything is fetched.
+"$worker_python" -B -E -s -c 'import sys, calibrate; sys.exit(calibrate.check_locks())' </dev/null
+
 # A raw-data script that makes example data by CASA finds it by this variable.
 STAGECAL_CASA_WORKER=$worker_python
 export STAGECAL_CASA_WORKER

@@ -335,12 +335,16 @@ WITH_CONFIGURATION = [
     ("trigger-calms", "2017.1.01347.S", "Pi", "pi@example.org", "1", "uid://A001/X12a3/X80e"),
     ("stagecalms", "2017.1.01347.S", "uid://A001/X12a3/X80e", "1"),
 ]
+WITH_LEDGER = [words for words in WITH_CONFIGURATION if words[0] != "trigger-calms"]
 MAINS = {"stagecal": stagecal.main, "trigger-calms": trigger_calms.main, "stagecalms": stagecalms.main}
 
 
-@pytest.mark.parametrize(
-    "words", WITH_CONFIGURATION, ids=lambda words: words[1] if words[0] == "stagecal" else words[0]
-)
+def command_of(words: tuple[str, ...]) -> str:
+    """The command in a command line."""
+    return words[1] if words[0] == "stagecal" else words[0]
+
+
+@pytest.mark.parametrize("words", WITH_CONFIGURATION, ids=command_of)
 def test_a_bad_configuration_is_said_in_lines_and_exit_2(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...]
 ) -> None:
@@ -360,11 +364,7 @@ def test_a_bad_configuration_is_said_in_lines_and_exit_2(
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(BAD_FILES), "nothing was made"
 
 
-@pytest.mark.parametrize(
-    "words",
-    [words for words in WITH_CONFIGURATION if words[0] != "trigger-calms"],
-    ids=lambda words: words[1] if words[0] == "stagecal" else words[0],
-)
+@pytest.mark.parametrize("words", WITH_LEDGER, ids=command_of)
 def test_a_damaged_ledger_is_said_in_one_line(
     site: SiteForTests, capsys: pytest.CaptureFixture[str], words: tuple[str, ...]
 ) -> None:
@@ -382,7 +382,7 @@ def test_what_is_missing_never_gives_a_traceback(commands: Commands, lost: str) 
     (commands.site.directory / lost).rename(commands.site.directory / "lost")
     for words in (("status",), ("expire", "--dry-run"), ("expire",), ("watch", "--until-idle")):
         ended = commands.run("stagecal", *words)
-        assert ended.code in (0, 3, 5), (words, ended)
+        assert ended.code in (0, 2, 3, 5), (words, ended)
         if ended.code:
             assert f"stagecal {words[0]}: " in ended.err
 

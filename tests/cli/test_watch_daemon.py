@@ -130,7 +130,7 @@ def test_ready_watchdog_and_stopping_reach_the_service_manager(commands: Command
 # --- signals -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=["TERM", "INT", "KILL"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["TERM", "KILL"])
 def test_the_daemon_ends_soon_its_job_lives_and_the_next_one_finishes_it(commands: Commands, number: int) -> None:
     site = commands.site
     site.behave(sleep="3")

@@ -44,12 +44,12 @@ class Crash(BaseException):
 
 @dataclass
 class Effects:
-    """Counts the effects of a site; dies before or after the one with the number `crash_at` (from 1).
+    """Counts the effects of a site; dies before or after the one with the number `crash_at` (from 1), or this name.
 
     What is repeated while a job is waited for counts once, so that the numbers do not depend on how long it takes.
     """
 
-    crash_at: int = 0
+    crash_at: int | str = 0
     before: bool = False
     names: list[str] = field(default_factory=list)
     waits: set[str] = field(default_factory=set)
@@ -65,10 +65,11 @@ class Effects:
                 return function(*arguments, **keywords)
             self.waits.add(name)
         self.names.append(name)
-        if self.before and len(self.names) == self.crash_at:
+        here = self.crash_at in (len(self.names), name)
+        if here and self.before:
             raise Crash(f"before {name}")
         result = function(*arguments, **keywords)
-        if not self.before and len(self.names) == self.crash_at:
+        if here:
             raise Crash(f"after {name}")
         return result
 
@@ -121,11 +122,10 @@ def settle(site: SiteForTests, *, seconds: float = 60) -> None:
     rounds = site.rounds()
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        result = rounds.run()
+        if rounds.run().moved:
+            continue
         if rounds.is_idle():
             return
-        if result.moved:
-            continue
         if rounds.waits_long(site.clock.now()):
             site.clock.advance(minutes=5)
         else:

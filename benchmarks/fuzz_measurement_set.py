@@ -1,0 +1,300 @@
+"""Damage every byte of every table.dat and table.lock of a small measurement set; who sees it: `ms check`, casacore?
+
+    .venv/bin/python benchmarks/fuzz_measurement_set.py [--ms X.ms] [--sample 2000] [--jobs 2] [--json FILE]
+
+Each byte is inverted, zeroed, and increased by one, each time alone. What is damaged is checked as `stagecal ms check`
+does, and the table is opened by casacore and walked through (rows, keywords of the table and of its columns, every
+value of its scalar columns, the first and last of the others) in a process that may crash or hang; with CASA's
+msmetadata opens the whole, for what is seen by none of the two. Needs the CASA worker environment; takes about a
+quarter of an hour without --sample. The end of the output is a table, and every damage that casacore trips over and
+`ms check` does not see.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import random
+import resource
+import select
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+EXAMPLE = Path(__file__).parents[1] / "tests" / "data" / "measurement_sets" / "J0510+1800.tar.xz"
+PATIENCE_S = 20
+TRIPS = ("error", "crash", "hang", "other rows")
+
+
+class Case(NamedTuple):
+    """One damage: a table ("." is the main one), its file, a byte, and what that becomes."""
+
+    table: str
+    file: str
+    offset: int
+    value: int
+    kind: str
+
+
+class Outcome(NamedTuple):
+    """What became of it: our verdict, what casacore did (and said), and msmetadata, if it was asked."""
+
+    case: Case
+    verdict: str
+    seen: bool
+    casacore: str
+    words: str
+    metadata: str = ""
+
+
+# --- in the CASA worker's python: opens and walks what it is told ----------------------------------------------------
+
+
+def serve(copy: str) -> None:
+    """Answer each damage told on standard input with what casacore makes of it."""
+    resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    import casacore.tables as ct
+
+    metadata = None
+    for line in sys.stdin:
+        table, file, offset, value, whole = json.loads(line)
+        place = os.path.join(copy, table)
+        kept = {name: Path(place, name).read_bytes() for name in ("table.dat", "table.lock")}
+        if file:
+            damaged = bytearray(kept[file])
+            damaged[offset] = value
+            Path(place, file).write_bytes(damaged)
+        try:
+            if whole:
+                if metadata is None:
+                    import casatools
+
+                    metadata = casatools.msmetadata()
+                metadata.open(copy)
+                answer = {"digest": repr([metadata.nfields(), metadata.nspw(), sorted(metadata.intents())])}
+                metadata.done()
+            else:
+                answer = walk(ct, place)
+        except Exception as error:
+            answer = {"error": str(error)[:300]}
+        finally:
+            for name, content in kept.items():
+                Path(place, name).write_bytes(content)
+        print(json.dumps(answer), flush=True)
+
+
+def walk(ct: Any, place: str) -> dict[str, Any]:
+    """Open a table and read through it. Raises RuntimeError where casacore does."""
+    table = ct.table(place, ack=False, lockoptions="autonoread")
+    try:
+        rows = table.nrows()
+        if rows > 1_000_000:
+            return {"rows": rows, "digest": ""}
+        sha256 = hashlib.sha256(repr((rows, table.getkeywords())).encode())
+        for column in table.colnames():
+            sha256.update(repr((column, table.getcolkeywords(column), table.coldatatype(column))).encode())
+            if table.isscalarcol(column):
+                sha256.update(repr(table.getcol(column)).encode() if rows else b"")
+                continue
+            for row in {0, rows - 1} if rows else ():
+                if table.iscelldefined(column, row):
+                    sha256.update(repr(table.getcell(column, row)).encode())
+        return {"rows": rows, "digest": sha256.hexdigest()}
+    finally:
+        table.close()
+
+
+class Casacore:
+    """A worker process with a copy of the measurement set; started again when it dies or hangs."""
+
+    def __init__(self, source: Path, directory: Path) -> None:
+        self.copy = directory / "copy.ms"
+        self.source = source
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def ask(self, table: str, file: str = "", offset: int = 0, value: int = 0, whole: bool = False) -> dict[str, Any]:
+        """Return what casacore makes of a damage: rows and digest, or error, crash, hang."""
+        if self.process is None:
+            self._start()
+        assert self.process is not None and self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(json.dumps([table, file, offset, value, whole]).encode() + b"\n")
+        self.process.stdin.flush()
+        end = time.monotonic() + PATIENCE_S
+        while True:
+            ready, _, _ = select.select([self.process.stdout], [], [], max(0.0, end - time.monotonic()))
+            if not ready:
+                self.close()
+                return {"hang": True}
+            line = self.process.stdout.readline()
+            if not line:
+                self.process.wait()
+                code = self.process.returncode
+                self.close()
+                return {"crash": code}
+            with contextlib.suppress(json.JSONDecodeError):  # casacore writes to standard output as well
+                answer: dict[str, Any] = json.loads(line)
+                return answer
+
+    def _start(self) -> None:
+        from stagecal.casa_worker import casa_environment, find_casa_worker
+
+        python = find_casa_worker()
+        if python is None:
+            raise SystemExit("needs the CASA worker environment: name its python in STAGECAL_CASA_WORKER")
+        shutil.rmtree(self.copy, ignore_errors=True)
+        shutil.copytree(self.source, self.copy)
+        self.process = subprocess.Popen(
+            [python, __file__, "--serve", self.copy],
+            env=casa_environment(python),
+            cwd=self.copy.parent,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+
+    def close(self) -> None:
+        """End the process."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            for pipe in (self.process.stdin, self.process.stdout):
+                assert pipe is not None
+                with contextlib.suppress(BrokenPipeError):
+                    pipe.close()
+            self.process = None
+
+
+# --- the damages, and what we say of them ----------------------------------------------------------------------------
+
+
+def cases(path: Path) -> Iterator[Case]:
+    """Give every damage of every byte."""
+    tables = sorted({file.parent for file in path.rglob("table.dat")})
+    for table in tables:
+        for name in ("table.dat", "table.lock"):
+            content = (table / name).read_bytes() if (table / name).exists() else b""
+            for offset, byte in enumerate(content):
+                values = {"inverted": byte ^ 0xFF, "zeroed": 0, "increased": (byte + 1) % 256}
+                for kind, value in values.items():
+                    if value != byte:
+                        yield Case(os.path.relpath(table, path), name, offset, value, kind)
+
+
+def examine(path: Path, some: list[Case]) -> list[Outcome]:
+    """Return what becomes of each damage of one table."""
+    from stagecal.measurement_set import check_measurement_set
+
+    with tempfile.TemporaryDirectory() as directory:
+        ours = Path(directory, "ours.ms")
+        shutil.copytree(path, ours)
+        casacore = Casacore(path, Path(directory))
+        table = some[0].table
+        good, good_whole = casacore.ask(table), casacore.ask(table, whole=True)
+        assert good.get("digest") and good_whole.get("digest"), (good, good_whole)
+        outcomes = []
+        for case in some:
+            file = ours / case.table / case.file
+            kept = file.read_bytes()
+            file.write_bytes(kept[: case.offset] + bytes([case.value]) + kept[case.offset + 1 :])
+            report = check_measurement_set(ours)
+            file.write_bytes(kept)
+            answer = casacore.ask(*case[:4])
+            what = _named(answer, good)
+            metadata = ""
+            if report.healthy and what not in TRIPS:
+                metadata = _named(casacore.ask(*case[:4], whole=True), good_whole)
+            words = str(answer.get("error") or answer.get("crash") or "")
+            outcomes.append(Outcome(case, report.verdict.value, not report.healthy, what, words, metadata))
+        casacore.close()
+    return outcomes
+
+
+def _named(answer: dict[str, Any], good: dict[str, Any]) -> str:
+    for what in ("error", "crash", "hang"):
+        if what in answer:
+            return what
+    if answer.get("rows") != good.get("rows"):
+        return "other rows"
+    return "the same" if answer == good else "other content"
+
+
+# --- the whole -------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Damage, look, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ms", type=Path, help="a small measurement set (else the example of the tests)")
+    parser.add_argument("--sample", type=int, help="so many damages at random, not all")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="write every damage that somebody sees, or nobody, to a file")
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve:
+        serve(options.serve)
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        path = options.ms or unpacked(Path(directory))
+        started = time.monotonic()
+        outcomes = fuzz(path, sample=options.sample, jobs=options.jobs)
+        print(f"{len(outcomes)} damages in {time.monotonic() - started:.0f} s")
+    report(outcomes)
+    if options.json:
+        options.json.write_text(json.dumps(outcomes))
+
+
+def unpacked(directory: Path) -> Path:
+    """Return the example, unpacked."""
+    with tarfile.open(EXAMPLE) as tar:
+        tar.extractall(directory, filter="data")
+    return next(path for path in directory.iterdir() if path.is_dir())
+
+
+def fuzz(path: Path, *, sample: int | None = None, jobs: int = 2) -> list[Outcome]:
+    """Return what becomes of every damage, or of a sample."""
+    chosen = list(cases(path))
+    if sample is not None and sample < len(chosen):
+        chosen = sorted(random.Random(1).sample(chosen, sample))
+    groups: dict[str, list[Case]] = {}
+    for case in chosen:
+        groups.setdefault(case.table, []).append(case)
+    largest_first = sorted(groups.values(), key=len, reverse=True)
+    if jobs == 1:
+        return [outcome for group in largest_first for outcome in examine(path, group)]
+    with ProcessPoolExecutor(jobs) as pool:
+        return [outcome for part in pool.map(examine, [path] * len(groups), largest_first) for outcome in part]
+
+
+def missed(outcomes: list[Outcome]) -> list[Outcome]:
+    """Return what casacore or CASA trips over and we do not see."""
+    return [one for one in outcomes if not one.seen and (one.casacore in TRIPS or one.metadata in ("error", "crash"))]
+
+
+def report(outcomes: list[Outcome]) -> None:
+    """Print the table, and what was missed."""
+    for file in ("table.dat", "table.lock"):
+        of_file = [one for one in outcomes if one.case.file == file]
+        print(f"\n{file}: {len(of_file)} damages\n\n| casacore | seen by ms check | not seen |\n|---|---|---|")
+        for what in (*TRIPS, "other content", "the same"):
+            count = Counter(one.seen for one in of_file if one.casacore == what)
+            print(f"| {what} | {count[True]} | {count[False]} |")
+    found = missed(outcomes)
+    print(f"\nmissed: {len(found)}")
+    for one in found:
+        print(" ", *one.case, "|", one.casacore, one.words[:150], "|", one.metadata)
+
+
+if __name__ == "__main__":
+    main()
