@@ -15,7 +15,7 @@ DEMO_ARGS ?=
 TEST_PROCESSES ?= 2
 
 # Programs that tests use as real parts, and the Debian packages that bring them: program:package.
-TEST_PROGRAMS := openssl:openssl curl:curl wget:wget strace:strace systemd-analyze:systemd
+TEST_PROGRAMS := openssl:openssl curl:curl wget:wget strace:strace systemd-analyze:systemd gcc:gcc bindfs:bindfs
 
 SHELL := /bin/sh
 MAKEFLAGS += --no-builtin-rules --no-print-directory

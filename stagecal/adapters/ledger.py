@@ -11,7 +11,7 @@ import os
 import sqlite3
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields, replace
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -144,7 +144,6 @@ class SqliteLedger:
             if new and not anew and self._sidecars.is_dir():
                 raise FatalError(f"the ledger {self._path} is gone: find it, or make it anew by `stagecal rebuild`")
             directory.mkdir(parents=True, exist_ok=True)
-            self._sidecars.mkdir(mode=0o700, exist_ok=True)
             if new:
                 os.close(os.open(self._path, os.O_CREAT | os.O_WRONLY, 0o600))
             self._database = sqlite3.connect(
@@ -153,7 +152,9 @@ class SqliteLedger:
             self._database.row_factory = sqlite3.Row
             self._database.execute("PRAGMA journal_mode = WAL")
             self._database.execute("PRAGMA synchronous = FULL")
-            self._migrate()
+            self._migrate(anew=anew)
+            # Last of all: where this directory is, there was a whole database.
+            self._sidecars.mkdir(mode=0o700, exist_ok=True)
 
     def close(self) -> None:
         """Close the database; the object is of no use afterwards."""
@@ -162,7 +163,9 @@ class SqliteLedger:
 
     # --- transactions ----------------------------------------------------------------------------------------------
 
-    def _migrate(self) -> None:
+    def _migrate(self, *, anew: bool) -> None:
+        if self._database.execute("PRAGMA user_version").fetchone()[0] == SCHEMA_VERSION:
+            return
         with self._transaction():
             version = self._database.execute("PRAGMA user_version").fetchone()[0]
             if version == SCHEMA_VERSION:
@@ -172,6 +175,8 @@ class SqliteLedger:
                     f"{self._path} has schema version {version}, this program knows {SCHEMA_VERSION}: "
                     "use the program version that wrote it"
                 )
+            if self._sidecars.is_dir() and not anew:
+                raise FatalError(f"the ledger {self._path} is empty: find it, or make it anew by `stagecal rebuild`")
             for statement in _SCHEMA.split(";"):
                 if statement.strip():
                     self._database.execute(statement)
@@ -529,23 +534,34 @@ class SqliteLedger:
                 os.close(directory)
 
     def mend_sidecars(self) -> None:
-        """Write the sidecar of each staged directory that has none: a crash may have come between."""
-        for staging in self.stagings():
-            if not (self._sidecars / f"{staging.token}.json").exists():
-                found = self._rows("SELECT * FROM requests WHERE id = ?", staging.request)
-                self._write_sidecar(staging, _request(found[0]) if found else None)
+        """Make the sidecars say what the ledger says: a crash may have come between the two."""
+        known = {staging.token: staging for staging in self.stagings()}
+        for path in sorted(self._sidecars.glob("*.json")):
+            staging = self.staging(path.stem)
+            if staging is not None and staging.purged_at is not None:
+                path.unlink(missing_ok=True)
+            elif staging is not None:
+                with suppress(FatalError):
+                    if self._sidecar(path)[0] == staging:
+                        del known[path.stem]
+        for staging in known.values():
+            found = self._rows("SELECT * FROM requests WHERE id = ?", staging.request)
+            self._write_sidecar(staging, _request(found[0]) if found else None)
 
     def sidecars(self) -> Iterator[tuple[Staging, Request | None]]:
         """Return what the sidecar files say: for `rebuild`. A damaged one raises FatalError."""
         for path in sorted(self._sidecars.glob("*.json")):
-            try:
-                content = json.loads(path.read_text(encoding="utf-8"))
-                staging = Staging(**{name: _from_column(name, content["staging"][name]) for name in _STAGING_FIELDS})
-                row = content["request"]
-                request = row and Request(**{name: _from_column(name, row[name]) for name in _REQUEST_FIELDS})
-            except (ValueError, KeyError, TypeError) as error:
-                raise FatalError(f"the sidecar {path} cannot be read ({error}): move it away and look at it") from error
-            yield staging, request
+            yield self._sidecar(path)
+
+    def _sidecar(self, path: Path) -> tuple[Staging, Request | None]:
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            staging = Staging(**{name: _from_column(name, content["staging"][name]) for name in _STAGING_FIELDS})
+            row = content["request"]
+            request = row and Request(**{name: _from_column(name, row[name]) for name in _REQUEST_FIELDS})
+        except (ValueError, KeyError, TypeError) as error:
+            raise FatalError(f"the sidecar {path} cannot be read ({error}): move it away and look at it") from error
+        return staging, request
 
     # --- the rest --------------------------------------------------------------------------------------------------
 

@@ -93,8 +93,7 @@ def published(project: str, mous: str, ticket: str, url: str, at: datetime, rete
 def failed(staging_directory: str, mous: str, work_directory: str) -> list[str]:
     """The staging failed."""
     lines = [
-        "Failed.",
-        f"Please investigate {staging_directory} and possibly remove incomplete data belonging to MOUS {mous}",
+        f"Failed. Please investigate {staging_directory} and possibly remove incomplete data belonging to MOUS {mous}",
     ]
     if work_directory:
         lines.append(f"The working directory {work_directory} on the EU ARC cluster was not removed.")

@@ -4,9 +4,11 @@ Promises to read nothing beyond the bytes that it was given: a stream that ends 
 another object than expected, raises Damaged; a data type that is not known here raises CannotVerify.
 """
 
+import math
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeAlias
 
 from stagecal.measurement_set.errors import CannotVerify, Damaged
 
@@ -34,13 +36,26 @@ SIZES = {
 RecordFields = list[tuple[str, int, "RecordFields"]]
 
 
+class TableName(str):
+    """The name of a table that a keyword names, as it is written."""
+
+
+Record = dict[str, "Value"]
+Value: TypeAlias = "TableName | str | int | tuple[str, ...] | Record | None"
+"""The value of a keyword, as far as it is of use here: a table, a string, an integer, strings, a record."""
+
+
 class Cursor:
-    """Reads values one after another from `data`, starting at `position`, in the given byte order."""
+    """Reads values one after another from `data`, starting at `position`, in the given byte order.
+
+    `doubts` has a line for everything that was read although programs may fail over it.
+    """
 
     def __init__(self, data: bytes, position: int = 0, *, big_endian: bool = True) -> None:
         self.data = data
         self.position = position
         self.order = ">" if big_endian else "<"
+        self.doubts: list[str] = []
         self._depth = 0
 
     def take(self, length: int) -> bytes:
@@ -73,7 +88,21 @@ class Cursor:
         return self.take(1) != b"\0"
 
     def text(self) -> str:
-        return decode(self.take(self.uint32()))
+        raw = self.take(self.uint32())
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            self.doubts.append(
+                f"holds text before byte {self.position} that is no UTF-8, so that Python cannot read it"
+            )
+            return decode(raw)
+
+    def name(self) -> str:
+        """Return the name of a column or keyword: text of letters and signs that can be seen."""
+        name = self.text()
+        if not (name.isprintable() and name):
+            self.doubts.append(f"holds a name before byte {self.position} that cannot be written")
+        return name
 
     @contextmanager
     def object(self, *expected: str, partly: bool = False) -> Iterator[int]:
@@ -113,6 +142,8 @@ class Cursor:
     def shape(self) -> tuple[int, ...]:
         """Return an IPosition: the lengths of the axes of an array."""
         with self.object("IPosition") as version:
+            if version not in (1, 2):
+                raise Damaged(f"has a shape of version {version} before byte {self.position}")
             number = self.uint32()
             raw = self.take(number * (4 if version == 1 else 8))
             return struct.unpack(f"{self.order}{number}{'i' if version == 1 else 'q'}", raw)
@@ -124,29 +155,34 @@ class Cursor:
         elif data_type in SIZES:
             self.take(SIZES[data_type])
         elif FIRST_ARRAY <= data_type <= LAST_ARRAY or data_type == ARRAY_INT64:
-            self._skip_array(INT64 if data_type == ARRAY_INT64 else data_type - FIRST_ARRAY)
+            self.array(INT64 if data_type == ARRAY_INT64 else data_type - FIRST_ARRAY)
         else:
             raise CannotVerify(f"holds a value of data type {data_type}, which is not known here")
 
-    def _skip_array(self, element: int) -> None:
+    def array(self, element: int) -> tuple[str, ...]:
+        """Return the strings of an array; of another array nothing, once it has been passed over."""
         with self.object("Array") as version:
+            if not 1 <= version <= 3:
+                raise Damaged(f"has an array of version {version} before byte {self.position}")
             axes = self.uint32()
             if version < 3:
                 self.take(4 * axes)
-            self.take(4 * axes)
+            shape = struct.unpack(f"{self.order}{axes}I", self.take(4 * axes))
             number = self.uint32()
+            if number != (math.prod(shape) if axes else 0):
+                raise Damaged(f"has an array of {number} values before byte {self.position} whose shape is {shape}")
             if element == STRING:
-                for _ in range(number):
-                    self.text()
-            elif element == BOOL:
+                return tuple(self.text() for _ in range(number))
+            if element == BOOL:
                 self.take((number + 7) // 8)
             elif element in SIZES:
                 self.take(number * SIZES[element])
             else:
                 raise CannotVerify(f"holds an array of data type {element}, which is not known here")
+        return ()
 
-    def record_tables(self) -> dict[str, str]:
-        """Read a TableRecord (keywords); return the table names of its own fields as they are written."""
+    def record(self) -> Record:
+        """Read a TableRecord (keywords) and return its values."""
         with self.object("TableRecord"):
             fields = self._record_description()
             self.int32()
@@ -156,7 +192,7 @@ class Cursor:
         fields: RecordFields = []
         with self.object("RecordDesc") as version:
             for _ in range(self.uint32()):
-                name, data_type = self.text(), self.int32()
+                name, data_type = self.name(), self.int32()
                 inner: RecordFields = []
                 if data_type == RECORD:
                     inner = self._record_description()
@@ -169,18 +205,23 @@ class Cursor:
                 fields.append((name, data_type, inner))
         return fields
 
-    def _record_values(self, fields: RecordFields) -> dict[str, str]:
-        tables = {}
+    def _record_values(self, fields: RecordFields) -> Record:
+        values: Record = {}
         for name, data_type, inner in fields:
             if data_type == TABLE:
-                tables[name] = self.text()
+                values[name] = TableName(self.text())
+            elif data_type == STRING:
+                values[name] = self.text()
+            elif data_type in (INT, UINT):
+                values[name] = self.int32()
+            elif data_type == FIRST_ARRAY + STRING:
+                values[name] = self.array(STRING)
             elif data_type != RECORD:
                 self.skip_value(data_type)
-            elif inner:
-                self._record_values(inner)
+                values[name] = None
             else:
-                self.record_tables()
-        return tables
+                values[name] = self._record_values(inner) if inner else self.record()
+        return values
 
 
 def decode(raw: bytes) -> str:

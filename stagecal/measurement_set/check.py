@@ -12,6 +12,7 @@ from pathlib import Path
 from stagecal.measurement_set.columns import integer_range
 from stagecal.measurement_set.errors import CannotVerify, Damaged, MeasurementSetError, one_line
 from stagecal.measurement_set.files import Directory, Files
+from stagecal.measurement_set.standard import faults
 from stagecal.measurement_set.tables import Lock, Table, Verdict, read_table
 
 MAIN = "MAIN"
@@ -92,7 +93,7 @@ def check_measurement_set(place: Path | Files) -> CheckReport:
     Raises NotAMeasurementSet if `place` is no directory; everything else is told by the report.
     Nothing is written. The process must not have the measurement set open through casacore (see tables).
     """
-    return _check(place, (_missing_tables, _empty_tables, _loose_references))
+    return _check(place, (_missing_tables, _other_columns, _empty_tables, _loose_references))
 
 
 def check_table(place: Path | Files) -> CheckReport:
@@ -161,6 +162,15 @@ def _missing_tables(tables: dict[str, Table]) -> list[str]:
     if missing:
         return [f"MAIN: names no subtable {', '.join(missing)}: this is no measurement set"]
     return []
+
+
+def _other_columns(tables: dict[str, Table]) -> list[str]:
+    return [
+        f"{name}: {fault}, so that CASA does not take it for a measurement set; make it again from its source"
+        for name, table in tables.items()
+        if table.description is not None and table.description.kind == "PlainTable"
+        for fault in faults(name, table.description)
+    ]
 
 
 def _empty_tables(tables: dict[str, Table]) -> list[str]:

@@ -14,12 +14,18 @@ from stagecal.measurement_set.aipsio import INT, INT64, SHORT, STRING, UINT, Cur
 from stagecal.measurement_set.description import Column, Description, Manager
 from stagecal.measurement_set.errors import CannotVerify, Damaged
 from stagecal.measurement_set.files import Content, Files, read_file
-from stagecal.measurement_set.managers import BUCKETS_START, StandardFile, read_incremental, read_standard
+from stagecal.measurement_set.managers import (
+    BUCKETS_START,
+    STRING_CELL,
+    StandardFile,
+    read_incremental,
+    read_standard,
+    standard_places,
+)
 from stagecal.measurement_set.tables import Table
 
 TYPECODES = {SHORT: "h", INT: "i", UINT: "I", INT64: "q"}
 SHORT_STRING = 8  # StandardStMan keeps strings up to this length inside the column itself.
-STRING_CELL = 12  # bucket, offset, length
 
 Part = tuple[Sequence[int], int]
 """Some values in the order of their rows, and in how many rows each of them stands."""
@@ -132,10 +138,7 @@ def _standard_parts(files: Files, manager: Manager, column: Column, cell: int, b
 
 
 def _standard_place(manager: Manager, column: Column) -> tuple[int, int]:
-    cursor = Cursor(manager.specification)
-    with cursor.object("SSM"):
-        cursor.text()
-        offsets, indices = cursor.block(), cursor.block()
+    offsets, indices = standard_places(manager)
     if column.position >= min(len(offsets), len(indices)):
         raise Damaged(f"table.dat gives no place of {column.name} in its storage manager")
     return offsets[column.position], indices[column.position]

@@ -4,11 +4,26 @@ The file is always big-endian; the byte order that it names is that of the data 
 Raises Damaged where the file is cut or contradicts itself, CannotVerify where it is of a kind not known here.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from stagecal.measurement_set.aipsio import RECORD, STRING, Cursor
-from stagecal.measurement_set.errors import CannotVerify
+from stagecal.measurement_set.aipsio import RECORD, STRING, Cursor, Record, TableName
+from stagecal.measurement_set.errors import CannotVerify, Damaged
 
+TYPE_NAMES = {
+    "Bool": 0,
+    "Char": 1,
+    "uChar": 2,
+    "Short": 3,
+    "uShort": 4,
+    "Int": 5,
+    "uInt": 6,
+    "float": 7,
+    "double": 8,
+    "Complex": 9,
+    "DComplex": 10,
+    "String": STRING,
+    "Int64": 29,
+}
 DIRECT = 1  # The bit of ColumnDesc::Option that puts an array into the storage manager's own file.
 
 
@@ -34,8 +49,11 @@ class Column:
     scalar: bool
     direct: bool
     maximum_length: int
-    manager: int
-    position: int
+    axes: int
+    shape: tuple[int, ...]
+    keywords: Record
+    manager: int = -1
+    position: int = -1
 
     @property
     def needs_array_file(self) -> bool:
@@ -65,6 +83,8 @@ class Description:
     columns: tuple[Column, ...]
     managers: tuple[Manager, ...]
     subtables: dict[str, str]
+    private_keywords: Record
+    doubts: tuple[str, ...] = ()
 
     def column(self, name: str) -> Column | None:
         return next((column for column in self.columns if column.name == name), None)
@@ -83,10 +103,12 @@ def parse_description(data: bytes) -> Description:
         big_endian = cursor.uint32() == 0
         kind = cursor.text()
         if kind != "PlainTable":
-            return Description(kind, big_endian, header, None, (), (), {})
-        subtables, columns = _table_description(cursor)
-        column_set, managers, columns = _column_set(cursor, columns)
-        return Description(kind, big_endian, header, column_set, columns, managers, subtables)
+            return Description(kind, big_endian, header, None, (), (), {}, {})
+        keywords, private, described = _table_description(cursor)
+        subtables = {name: str(value) for name, value in keywords.items() if isinstance(value, TableName)}
+        column_set, managers, columns = _column_set(cursor, described)
+        doubts = tuple(cursor.doubts)
+        return Description(kind, big_endian, header, column_set, columns, managers, subtables, private, doubts)
 
 
 def promised_length(data: bytes) -> int:
@@ -99,36 +121,52 @@ def _count(cursor: Cursor, *, wide: bool) -> Count:
     return Count(cursor.count(wide=wide), offset, 8 if wide else 4)
 
 
-def _table_description(cursor: Cursor) -> tuple[dict[str, str], tuple[Column, ...]]:
+def _table_description(cursor: Cursor) -> tuple[Record, Record, tuple[Column, ...]]:
     with cursor.object("TableDesc") as version:
         for _ in ("name", "version", "comment"):
             cursor.text()
-        subtables = cursor.record_tables()
-        if version != 1:
-            cursor.record_tables()  # private keywords
+        keywords = cursor.record()
+        private = cursor.record() if version != 1 else {}
         columns = tuple(_column(cursor) for _ in range(cursor.uint32()))
-    return subtables, columns
+    names = [column.name for column in columns]
+    if len(set(names)) != len(names):
+        raise Damaged("describes two columns of the same name")
+    return keywords, private, columns
 
 
 def _column(cursor: Cursor) -> Column:
     cursor.uint32()  # version of the description
     description_class = cursor.text()
     cursor.uint32()  # version of the base class
-    name = cursor.text()
+    name = cursor.name()
     for _ in ("comment", "data manager type", "data manager group"):
         cursor.text()
-    data_type, option, _axes = cursor.int32(), cursor.int32(), cursor.int32()
-    scalar = description_class.startswith("Scalar")
-    if not scalar:
-        cursor.shape()
+    data_type, option, axes = cursor.int32(), cursor.int32(), cursor.int32()
+    scalar = _is_scalar(description_class, name, data_type)
+    shape = () if scalar else cursor.shape()
     maximum_length = cursor.uint32()
-    cursor.record_tables()  # keywords of the column
+    keywords = cursor.record()
     cursor.uint32()  # version of the derived class
     if not scalar:
         cursor.flag()
     elif data_type != RECORD:
         cursor.skip_value(data_type)  # default value
-    return Column(name, data_type, scalar, bool(option & DIRECT), maximum_length, manager=-1, position=-1)
+    return Column(name, data_type, scalar, bool(option & DIRECT), maximum_length, axes, shape, keywords)
+
+
+def _is_scalar(description_class: str, name: str, data_type: int) -> bool:
+    """Return whether a column of this class holds scalars; casacore dies over a class that it does not know."""
+    if description_class == "ScalarRecordColumnDesc" and data_type == RECORD:
+        return True
+    for kind in ("Scalar", "Array"):
+        start = f"{kind}ColumnDesc<"
+        if description_class.startswith(start) and len(description_class) == len(start) + 8:
+            known = TYPE_NAMES.get(description_class.removeprefix(start).rstrip(" "))
+            if known == data_type:
+                return kind == "Scalar"
+            if known is not None:
+                raise Damaged(f"says that {name} is of data type {data_type} and of class {description_class!r}")
+    raise CannotVerify(f"describes {name} as {description_class[:40]!r}, which is not known here")
 
 
 def _column_set(cursor: Cursor, described: tuple[Column, ...]) -> tuple[Count, tuple[Manager, ...], tuple[Column, ...]]:
@@ -144,26 +182,16 @@ def _column_set(cursor: Cursor, described: tuple[Column, ...]) -> tuple[Count, t
     cursor.uint32()
     kinds = [(cursor.text(), cursor.uint32()) for _ in range(cursor.uint32())]
     columns: list[Column] = []
-    taken: dict[int, int] = {}
+    taken: dict[int, int] = {number: 0 for _, number in kinds}
     for column in described:
         cursor.uint32()
         cursor.text()  # original name
         cursor.uint32()
         number = cursor.uint32()
-        position = taken.get(number, 0)
-        taken[number] = position + 1
-        if not column.scalar and cursor.flag():
-            cursor.shape()
-        columns.append(
-            Column(
-                column.name,
-                column.data_type,
-                column.scalar,
-                column.direct,
-                column.maximum_length,
-                number,
-                position,
-            )
-        )
+        if number not in taken:
+            raise Damaged(f"says that {column.name} is held by storage manager {number}, which is not there")
+        shape = cursor.shape() if not column.scalar and cursor.flag() else column.shape
+        columns.append(replace(column, shape=shape, manager=number, position=taken[number]))
+        taken[number] += 1
     managers = tuple(Manager(number, kind, cursor.take(cursor.uint32())) for kind, number in kinds)
     return count, managers, tuple(columns)

@@ -4,13 +4,15 @@ Only headers and indices are read. Raises Damaged where a file is missing, cut, 
 """
 
 import itertools
+import math
 from dataclasses import dataclass
 
-from stagecal.measurement_set.aipsio import Cursor
-from stagecal.measurement_set.description import Column, Manager
+from stagecal.measurement_set.aipsio import BOOL, SIZES, STRING, Cursor, Value
+from stagecal.measurement_set.description import Column, Description, Manager
 from stagecal.measurement_set.errors import CannotVerify, Damaged
 from stagecal.measurement_set.files import Content, Files, exists, read_file
 
+STRING_CELL = 12  # bucket, offset, length
 BUCKETS_START = 512  # Both bucketed managers keep their header in the first 512 bytes.
 HAS_ARRAY_FILE = ("StandardStMan", "IncrementalStMan", "StManAipsIO")
 VIRTUAL = (
@@ -31,6 +33,7 @@ class StandardIndex:
     """One index of a StandardStMan: bucket i holds the rows up to and including `last_rows[i]`."""
 
     columns: int
+    rows_per_bucket: int
     last_rows: tuple[int, ...]
     buckets: tuple[int, ...]
 
@@ -58,24 +61,25 @@ class IncrementalFile:
     buckets: tuple[int, ...]
 
 
-def stored_rows(files: Files, manager: Manager, columns: tuple[Column, ...], *, big_endian: bool) -> int | None:
+def stored_rows(files: Files, manager: Manager, description: Description) -> int | None:
     """Return the number of rows that the files of `manager` hold, None if it keeps no count.
 
-    `columns` are the columns that it holds, `big_endian` is the byte order of the table.
+    `manager` is one of those in `description`, what table.dat says.
     Raises Damaged where a file is missing, shorter than its header promises, or not what it should be; CannotVerify
     where it cannot be read.
     """
     name = f"table.f{manager.number}"
+    columns, big_endian = description.columns_of(manager.number), description.big_endian
     rows: int | None = None
     try:
         if manager.kind == "StandardStMan":
-            rows = _standard_rows(files, name, big_endian)
+            rows = _standard_rows(files, name, manager, columns, big_endian)
         elif manager.kind == "IncrementalStMan":
-            rows = read_incremental(files, name, big_endian=big_endian).starts[-1]
+            rows = _incremental_rows(files, name, manager, big_endian)
         elif manager.kind == "StManAipsIO":
             rows = _aipsio_rows(files, name, manager)
         elif manager.kind.startswith("Tiled"):
-            rows = _tiled_rows(files, name, manager, len(columns), big_endian)
+            rows = _tiled_rows(files, name, manager, description)
         if manager.kind in HAS_ARRAY_FILE:
             needed = any(column.needs_array_file for column in columns)
             _check_array_file(files, f"{name}i", needed=needed, big_endian=big_endian or manager.kind == "StManAipsIO")
@@ -123,7 +127,7 @@ def read_standard(files: Files, name: str, *, big_endian: bool) -> StandardFile:
 
 def _standard_index(cursor: Cursor) -> StandardIndex:
     with cursor.object("SSMIndex") as version:
-        used, _rows_per_bucket, columns = cursor.uint32(), cursor.uint32(), cursor.int32()
+        used, rows_per_bucket, columns = cursor.uint32(), cursor.uint32(), cursor.int32()
         cursor.skip_object()  # free space
         last_rows, buckets = cursor.block(wide=version > 1), cursor.block()
     if len(last_rows) < used or len(buckets) < used:
@@ -131,14 +135,65 @@ def _standard_index(cursor: Cursor) -> StandardIndex:
     last_rows = last_rows[:used]
     if any(later <= earlier for earlier, later in itertools.pairwise(last_rows)):
         raise Damaged("has an index whose rows do not increase")
-    return StandardIndex(columns, last_rows, buckets[:used])
+    return StandardIndex(columns, rows_per_bucket, last_rows, buckets[:used])
 
 
-def _standard_rows(files: Files, name: str, big_endian: bool) -> int:
-    counts = {index.rows for index in read_standard(files, name, big_endian=big_endian).indices if index.columns > 0}
+def _standard_rows(files: Files, name: str, manager: Manager, columns: tuple[Column, ...], big_endian: bool) -> int:
+    header = read_standard(files, name, big_endian=big_endian)
+    counts = {index.rows for index in header.indices if index.columns > 0}
     if len(counts) != 1:
         raise Damaged(f"has indices that disagree on the number of rows: {sorted(counts)}")
+    _check_layout(header, manager, columns)
     return counts.pop()
+
+
+def standard_places(manager: Manager) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return for each column of a StandardStMan where it begins in a bucket, and which index it has."""
+    cursor = Cursor(manager.specification)
+    with cursor.object("SSM"):
+        cursor.text()
+        return cursor.block(), cursor.block()
+
+
+def _check_layout(header: StandardFile, manager: Manager, columns: tuple[Column, ...]) -> None:
+    """Check that the places that table.dat gives to the columns lie in the buckets and beside each other."""
+    try:
+        offsets, indices = standard_places(manager)
+    except Damaged as error:
+        raise Damaged(f"has a part in table.dat that {error}") from None
+    if not len(columns) == len(offsets) == len(indices):
+        raise Damaged(f"holds {len(columns)} columns, of which table.dat gives the places of {len(offsets)}")
+    ends: dict[int, int] = {}
+    for index, start, column in sorted(zip(indices, offsets, columns, strict=True), key=lambda place: place[:2]):
+        if index >= len(header.indices):
+            raise Damaged(f"has no index {index}, which table.dat gives to {column.name}")
+        if start < ends.get(index, 0):
+            raise Damaged(f"keeps {column.name} where another column is, if table.dat is right")
+        length = (_cell_bits(column) * header.indices[index].rows_per_bucket + 7) // 8
+        ends[index] = start + length
+        if ends[index] > header.bucket_size:
+            raise Damaged(f"keeps {column.name} outside its buckets, if table.dat is right")
+
+
+def _cell_bits(column: Column) -> int:
+    """Return how many bits a row of a column takes in a bucket of a StandardStMan."""
+    if column.data_type == STRING:
+        fixed = column.maximum_length if column.scalar else 0
+        return 8 * (fixed or STRING_CELL)
+    if column.needs_array_file:
+        return 64  # where the array is
+    elements = 1 if column.scalar else math.prod(column.shape)
+    return elements if column.data_type == BOOL else 8 * SIZES[column.data_type] * elements
+
+
+def _incremental_rows(files: Files, name: str, manager: Manager, big_endian: bool) -> int:
+    cursor = Cursor(manager.specification)
+    try:
+        with cursor.object("ISM"):
+            cursor.text()
+    except Damaged as error:
+        raise Damaged(f"has a part in table.dat that {error}") from None
+    return read_incremental(files, name, big_endian=big_endian).starts[-1]
 
 
 def read_incremental(files: Files, name: str, *, big_endian: bool) -> IncrementalFile:
@@ -174,23 +229,26 @@ def _aipsio_rows(files: Files, name: str, manager: Manager) -> int:
         return cursor.uint32()
 
 
-def _tiled_rows(files: Files, name: str, manager: Manager, columns: int, big_endian: bool) -> int:
+def _tiled_rows(files: Files, name: str, manager: Manager, description: Description) -> int:
+    columns = description.columns_of(manager.number)
     cursor = Cursor(read_file(files, name))  # the header is always big-endian, whatever the table says
     with cursor.object(manager.kind, partly=True):
         if manager.kind in ("TiledColumnStMan", "TiledCellStMan"):
             cursor.shape()
         with cursor.object("TiledStMan", partly=True) as version:
-            _expect_order(cursor.flag() if version >= 2 else True, big_endian)
+            _expect_order(cursor.flag() if version >= 2 else True, description.big_endian)
             wide = version >= 3
             _expect_number(cursor.uint32(), manager)
             rows = cursor.count(wide=wide)
             held = cursor.uint32()
-            if held != columns:
-                raise Damaged(f"holds {held} columns, table.dat says {columns}")
-            cursor.take(4 * columns)
-            cursor.text()
+            if held != len(columns):
+                raise Damaged(f"holds {held} columns, table.dat says {len(columns)}")
+            for column in columns:
+                if cursor.int32() != column.data_type:
+                    raise Damaged(f"holds another type of data in {column.name} than table.dat says")
+            definition = description.private_keywords.get(f"Hypercolumn_{cursor.text()}")
             cursor.count(wide=wide)  # cache size
-            cursor.uint32()  # number of axes
+            _check_hypercolumn(definition, cursor.uint32(), manager, columns)
             for _ in range(cursor.count(wide=wide)):
                 if cursor.flag():
                     long = cursor.uint32() > 1  # version 2 has room for files of 2 GiB and more
@@ -198,6 +256,22 @@ def _tiled_rows(files: Files, name: str, manager: Manager, columns: int, big_end
                     with files.open(cube) as file:
                         _expect_length(cube, file, cursor.count(wide=long))
     return rows
+
+
+def _check_hypercolumn(definition: Value, axes: int, manager: Manager, columns: tuple[Column, ...]) -> None:
+    """Check that table.dat describes the hypercubes as the file does, if it does at all."""
+    if not isinstance(definition, dict):
+        return
+    cell_axes = axes - (manager.kind in ("TiledColumnStMan", "TiledShapeStMan"))
+    names = [definition.get(part, ()) for part in ("data", "coord", "id")]
+    if definition.get("ndim") != axes or not all(isinstance(part, tuple) for part in names):
+        raise Damaged(f"has hypercubes of {axes} axes, which table.dat describes in another way")
+    held = {column.name for column in columns}
+    bound = {name for part in names if isinstance(part, tuple) for name in part}
+    if manager.kind != "TiledDataStMan" and (
+        not held <= bound or any(column.axes not in (cell_axes, -1, 0) for column in columns)
+    ):
+        raise Damaged(f"holds {', '.join(sorted(held))}, which table.dat describes in another way")
 
 
 def _check_array_file(files: Files, name: str, *, needed: bool, big_endian: bool) -> None:

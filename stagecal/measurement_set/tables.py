@@ -118,7 +118,8 @@ def read_table(place: Path | Files) -> Table:
     except CannotVerify as error:
         return Table(files, None, lock, {}, (), (f"table.dat {error}",))
     stored, damage, unknown = _read_managers(files, description)
-    return Table(files, description, lock, stored, damage, unknown)
+    doubts = tuple(f"table.dat {line}" for line in description.doubts)
+    return Table(files, description, lock, stored, damage, unknown + doubts)
 
 
 def _read_managers(files: Files, description: Description) -> tuple[dict[int, int], tuple[str, ...], tuple[str, ...]]:
@@ -126,13 +127,12 @@ def _read_managers(files: Files, description: Description) -> tuple[dict[int, in
     damage: list[str] = []
     unknown: list[str] = []
     for manager in description.managers:
-        columns = description.columns_of(manager.number)
         if not is_known(manager.kind):
-            names = ", ".join(column.name for column in columns)
+            names = ", ".join(column.name for column in description.columns_of(manager.number))
             unknown.append(f"{names} is stored by {manager.kind}, which is not read here; split it first")
             continue
         try:
-            rows = stored_rows(files, manager, columns, big_endian=description.big_endian)
+            rows = stored_rows(files, manager, description)
         except Damaged as error:
             damage.append(str(error))
         except CannotVerify as error:
@@ -164,11 +164,16 @@ def _read_lock(files: Files) -> Lock:
         return Lock(damage=f"ends inside its record ({len(record)} of {length} bytes)")
     cursor = Cursor(record)
     try:
-        with cursor.object("sync", partly=True) as version:
+        with cursor.object("sync") as version:
             if not 1 <= version <= 2:
                 raise Damaged(f"has a record of version {version}")
             offset, wide = cursor.position, version > 1
             rows = cursor.count(wide=wide)
+            columns = cursor.int32()
+            cursor.uint32()  # how often it was changed
+            if columns >= 0:
+                cursor.uint32()
+                cursor.block()
     except Damaged as error:
         return Lock(damage=str(error))
     return Lock(Count(rows, LOCK_REQUESTS + 4 + offset, 8 if wide else 4))

@@ -409,7 +409,12 @@ def _notified(site: Site, request: Request, now: datetime) -> Request:
         request,
         now=now,
         to=State.NOTIFIED,
-        step=Step("notify", "is the mail accepted?", "yes" if request.email else "nobody to tell", "delivered"),
+        step=Step(
+            "notify",
+            "is the mail accepted?",
+            "yes" if request.origin is Origin.TRIGGER else "nobody to tell",
+            "delivered",
+        ),
         outcome=Outcome.DELIVERED,
         reason="",
         staging=replace(staging, notified_at=now) if staging else None,

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from stagecal.domain.records import ProductFile
+from stagecal.domain.records import ProductFile, Step
 from stagecal.domain.requests import Origin, Outcome, Request, State
 from stagecal.domain.retention import Staging
 from stagecal.ports import JobHandle, JobState
@@ -35,7 +36,7 @@ class Rebuilt:
 def rebuild(site: Site, ledger: Any, work_area: Path, now: datetime) -> Rebuilt:
     """Restore every record that can be restored; records that are there stay as they are.
 
-    `ledger` is the site's ledger, which offers `sidecars`, `restore` and `adopt_job` for this purpose alone.
+    `ledger` is the site's ledger, which offers `sidecars` and `restore` for this purpose alone.
     """
     result = Rebuilt()
     for staging, request in ledger.sidecars():
@@ -45,7 +46,7 @@ def rebuild(site: Site, ledger: Any, work_area: Path, now: datetime) -> Rebuilt:
         if site.ledger.staging(token) is None:
             _restore_from_receipt(site, ledger, token, now, result)
     _restore_triggers(site, ledger, now, result)
-    _restore_jobs(site, ledger, work_area, now, result)
+    _restore_jobs(site, work_area, now, result)
     return result
 
 
@@ -154,7 +155,7 @@ def _restore_triggers(site: Site, ledger: Any, now: datetime, result: Rebuilt) -
             result.requests.append(request.id)
 
 
-def _restore_jobs(site: Site, ledger: Any, work_area: Path, now: datetime, result: Rebuilt) -> None:
+def _restore_jobs(site: Site, work_area: Path, now: datetime, result: Rebuilt) -> None:
     """Give open requests their running jobs back, so that none is started twice."""
     for directory in sorted(work_area.glob("WORK*")):
         if not _WORK.fullmatch(directory.name):
@@ -163,26 +164,38 @@ def _restore_jobs(site: Site, ledger: Any, work_area: Path, now: datetime, resul
             job = json.loads((directory / "request.json").read_text(encoding="utf-8"))
             handle = JobHandle(job["node"], directory.name, job["nonce"])
             known = site.ledger.find(job["request"])
-        except (OSError, ValueError, KeyError):
+            found = {name: job[name] for name in ("calibration", "recipe")}
+            found |= {name: tuple(job[name]) for name in ("execution_blocks", "lost_on")}
+        except (OSError, ValueError, KeyError, TypeError):
             result.remarks.append(f"{directory}: no job directory of ours, or incomplete: left alone")
             continue
         status = site.nodes.poll(handle)
-        if not known or known[0].state is not State.RECEIVED:
+        waits = bool(known) and known[0].state in (State.RECEIVED, State.ACCEPTED) and not known[0].work
+        if not waits:
             result.remarks.append(f"{directory}: its request is not open ({status.state}): look and remove it")
             continue
         if status.state in (JobState.RUNNING, JobState.UNREACHABLE, JobState.EXITED):
-            ledger.adopt_job(
-                known[0],
-                State.STAGING,
-                now,
-                execution_blocks=tuple(job["execution_blocks"]),
-                calibration=job["calibration"],
-                recipe=job["recipe"],
-                token=job["token"],
-                node=handle.node,
-                work=handle.work,
-                nonce=handle.nonce,
-                holds_slot=True,
-                judged_on=None,
-            )
+            _adopt(site, known[0], found, handle, now)
             result.jobs.append(directory.name)
+
+
+def _adopt(site: Site, request: Request, found: Mapping[str, Any], handle: JobHandle, now: datetime) -> None:
+    """Give a request that waits the job that was found running for it; it is judged again before its mail."""
+    accepted = site.ledger.commit(
+        request,
+        now=now,
+        to=State.ACCEPTED,
+        token=site.new_secret(),
+        judged_on=None,
+        **found,
+    )
+    site.ledger.commit(
+        accepted,
+        now=now,
+        to=State.STAGING,
+        step=Step("rebuild", "has it a job?", f"{handle.work} on {handle.node}", "adopted"),
+        node=handle.node,
+        work=handle.work,
+        nonce=handle.nonce,
+        holds_slot=True,
+    )

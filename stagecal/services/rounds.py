@@ -51,7 +51,8 @@ class Rounds:
     wake: Callable[[], None] = lambda: None
     in_flight: dict[str, Future[bool]] = field(default_factory=dict)
     next_mail_at: datetime | None = None
-    waiting: dict[str, tuple[datetime, str]] = field(default_factory=dict)
+    look_again_at: datetime | None = None
+    waiting: dict[str, tuple[datetime, str, datetime | None]] = field(default_factory=dict)
 
     def run(self) -> RoundResult:
         """Do one round."""
@@ -78,7 +79,7 @@ class Rounds:
         if request.state is not State.ACCEPTED or request.wish:
             self.waiting.pop(request.id, None)
             return True
-        situation = (request.since, now_turns.makers.get(request.id, ""))
+        situation = (request.since, now_turns.makers.get(request.id, ""), request.not_before)
         changed = self.waiting.get(request.id) != situation
         self.waiting[request.id] = situation
         return changed or now_turns.may_start(request.id)
@@ -86,14 +87,18 @@ class Rounds:
     def _look(self, now: datetime) -> tuple[bool, datetime | None]:
         if self.receiver is None:
             return False, None
+        if self.look_again_at is not None and now < self.look_again_at:
+            return False, self.look_again_at
         try:
             new, again = self.receiver.look(now)
         except (TransientError, FatalError) as trouble:
+            # Said once per scan interval, however often something else wakes the loop.
+            self.look_again_at = now + timedelta(seconds=self.site.config.triggers.scan_interval_s)
             log.error("the trigger directory cannot be looked at: %s", trouble)
-            self.site.ledger.enqueue(
-                "", [alarm_mail(self.site, "the trigger directory cannot be read", str(trouble), now)], now
-            )
-            return False, now + timedelta(seconds=self.site.config.triggers.scan_interval_s)
+            alarm = alarm_mail(self.site, "the trigger directory cannot be read", str(trouble), now)
+            self.site.ledger.enqueue("", [alarm], now)
+            return False, self.look_again_at
+        self.look_again_at = None
         if self.receiver.watched_for():
             again = min(filter(None, (again, now + IDLE_TICK)))
         return bool(new), again
@@ -133,6 +138,7 @@ class Rounds:
         held = bool(self.site.ledger.setting("held"))
         return (
             not self._busy()
+            and self.look_again_at is None
             and all(
                 _rests(request) or (held and request.id in self.waiting and not request.wish)
                 for request in self.site.ledger.open_requests()

@@ -40,7 +40,7 @@ with ms_lock(Path(sys.argv[1]), command="a long task"):
     time.sleep(60)
 """
 
-# Appends, so many times, the number that follows the last one in a journal. Two of these at once write one number twice.
+# Appends, so many times, the number after the last one in a journal. Two of these at once write one number twice.
 COUNT = """
 import os, random, sys, time
 from pathlib import Path
@@ -330,7 +330,7 @@ def test_the_lock_file_of_another_user_can_be_locked(
         with ms_lock(directory / "X.ms"):
             pass
         (directory / "X.ms.lock").chmod(0o644)
-        other = start("import os, sys\nfrom stagecal.measurement_set.lock import *\nos.seteuid(65534)\n" + HOLD,
+        other = start("import os, subprocess\nfrom stagecal.measurement_set.lock import *\nos.seteuid(65534)\n" + HOLD,
                       directory / "X.ms")  # fmt: skip
         assert said(other) == "holding"
         assert is_locked(directory / "X.ms")
@@ -344,7 +344,7 @@ def test_twenty_processes_and_kills_at_random_leave_never_two_holders_and_nobody
     journal = tmp_path / "journal"
     journal.touch()
     chance = random.Random(20)
-    times = 12
+    times = 15
     workers = [start(COUNT, ms, journal, times) for _ in range(20)]
     begun = time.monotonic()
     while journal.stat().st_size == 0:
@@ -352,8 +352,9 @@ def test_twenty_processes_and_kills_at_random_leave_never_two_holders_and_nobody
         time.sleep(0.01)
     killed = chance.sample(workers, 8)
     for worker in killed:
-        time.sleep(chance.uniform(0, 0.15))
+        time.sleep(chance.uniform(0, 0.1))
         worker.kill()
+        worker.wait()
     codes = [worker.wait(timeout=60) for worker in workers if worker not in killed]
     assert codes == [0] * 12
     numbers = [int(line) for line in journal.read_text().splitlines()]
@@ -364,7 +365,7 @@ def test_twenty_processes_and_kills_at_random_leave_never_two_holders_and_nobody
     assert not is_locked(ms)
 
 
-# --- two tasks on one measurement set -----------------------------------------------------------------------------------
+# --- two tasks on one measurement set --------------------------------------------------------------------------------
 
 APPLYCAL = """
 import sys

@@ -6,18 +6,21 @@ before or after the call of a chosen number; the site is then taken from disk an
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from email import message_from_string
 from pathlib import Path
 from typing import Any
 
 from stagecal import wiring
+from stagecal.config import load_config
 from stagecal.domain.requests import Request, State
 from stagecal.ports import JobHandle, Mailer, MailReply, RecipientResult
 from stagecal.services.context import Site
@@ -60,7 +63,9 @@ class Effects:
 
     def call(self, name: str, function: Callable[..., Any], arguments: Any, keywords: Any) -> Any:
         """Do one effect, unless we die first."""
-        if name == "nodes.renew_lease" or (name == "ledger.commit" and keywords.keys() == {"now", "not_before"}):
+        if name == "nodes.renew_lease" or (
+            name == "ledger.commit" and keywords.keys() == {"now", "not_before", "attempts", "reason"}
+        ):
             if name in self.waits:
                 return function(*arguments, **keywords)
             self.waits.add(name)
@@ -148,9 +153,10 @@ def wish(site: SiteForTests, what: str, request: Request | None = None) -> None:
 
 def end_jobs(site: SiteForTests) -> None:
     """End whatever jobs are still alive, so that a failed test leaves no process behind."""
-    for request in site.requests():
-        if request.work:
-            site.site.nodes.cancel(JobHandle(request.node, request.work, request.nonce))
+    for directory in site.job_directories():
+        with suppress(OSError, KeyError):
+            job = json.loads((directory / "request.json").read_text())
+            site.site.nodes.cancel(JobHandle(job["node"], directory.name, job["nonce"]))
 
 
 @dataclass
@@ -177,6 +183,16 @@ class Arena:
         site = replace(wiring.site(self._site.config), clock=clock)
         know_root(site)
         return SiteForTests(self._home, self._site.config, clock, site)
+
+
+def existing(directory: Path) -> SiteForTests:
+    """Return the site in this directory as a daemon that starts would find it."""
+    config = load_config(directory / "stagecal.toml", environ={})
+    wiring.mend(config)
+    clock = FakeClock()
+    site = replace(wiring.site(config), clock=clock)
+    know_root(site)
+    return SiteForTests(directory, config, clock, site)
 
 
 # --- what is left at the end ---------------------------------------------------------------------------------------

@@ -5,14 +5,20 @@ Each scenario runs once undisturbed, and then once for every effect, dying befor
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
-from stagecal.domain.requests import State
+from stagecal.domain.requests import Outcome, State
 from stagecal.ports import MailReply
 from stagecal.services.sweeping import plan, sweep
 from tests.services.effects import (
@@ -21,6 +27,7 @@ from tests.services.effects import (
     Effects,
     end_jobs,
     end_state,
+    existing,
     message_ids,
     run_until,
     settle,
@@ -28,7 +35,7 @@ from tests.services.effects import (
     with_mailer,
     with_ports,
 )
-from tests.sites import CALIBRATORS, CALIBRATORS_PROJECT, MAIN, START, SiteForTests
+from tests.sites import CALIBRATORS, CALIBRATORS_PROJECT, MAIN, RELEASED, START, SiteForTests
 
 Act = Callable[[SiteForTests], None]
 
@@ -246,3 +253,117 @@ def test_dying_at_any_effect_changes_nothing_but_perhaps_one_mail_twice(tmp_path
     assert not faults, "\n".join(faults)
     # Only between the server's answer and its record can nobody know: that is before one effect and after another.
     assert len(doubtful) == (1 if scenario.only_after else 2) * undisturbed.names.count("mailer.send")
+
+
+# --- real deaths ---------------------------------------------------------------------------------------------------
+
+
+def _place_several(site: SiteForTests) -> None:
+    """Two requests for one product, one for calibrators, and one that is refused."""
+    site.behave(sleep="0.3")
+    _place_two(site)
+    _place_calfields(site, "J0510+1800")
+    site.place(RELEASED, "2017.1.01347.S", ticket="4")
+
+
+def _assert_everything_ended_well(site: SiteForTests, deaths: int) -> None:
+    found = end_state(site)
+    assert [one.outcome for one in site.requests()].count(Outcome.DELIVERED) == 3, site.requests()
+    assert [one.outcome for one in site.requests()].count(Outcome.REFUSED) == 1
+    assert site.calibrations() == 2, "one job for each product"
+    assert len(site.published()) == 3 and len({identity for identity, _ in message_ids(site)}) == 4
+    assert sum(message_ids(site).values()) <= 4 + deaths
+    for empty in ("triggers", "published without record", "being made", "withdrawn without record"):
+        assert found[empty] == [], empty
+    assert found["jobs"] == found["in the work area"] == found["unsent"] == 0
+
+
+def test_a_daemon_that_is_killed_again_and_again_loses_nothing_and_does_nothing_twice(
+    tmp_path: Path, checkout: Path
+) -> None:
+    site = Arena(tmp_path).fresh()
+    _place_several(site)
+    site.site.ledger.close()
+    program = [sys.executable, "-c", "from stagecal.cli.main import main; main()", "watch", "--config"]
+    delays = (0.5, 0.7, 0.8, 0.9, 0.75, 1.2)
+    for delay in delays:
+        daemon = subprocess.Popen(
+            [*program, str(site.config.path)],
+            env={**os.environ, "PYTHONPATH": str(checkout)},
+            stderr=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+        )
+        with suppress(subprocess.TimeoutExpired):
+            daemon.wait(delay)
+        daemon.send_signal(signal.SIGKILL)
+        daemon.wait()
+    again = existing(site.directory)
+    # Mails that were on their way wait for a few minutes.
+    again.clock.time = datetime.now(UTC) + timedelta(minutes=10)
+    try:
+        settle(again)
+    finally:
+        end_jobs(again)
+    _assert_everything_ended_well(again, len(delays))
+
+
+CALLS = "fsync,fdatasync,pwrite64,rename,renameat,renameat2,link,linkat,unlink,unlinkat,rmdir,mkdir,mkdirat,ftruncate"
+DRIVER = """
+import pathlib, sys
+from tests.services.effects import existing, settle
+settle(existing(pathlib.Path(sys.argv[1])))
+"""
+POINTS = 20
+
+
+def _traced(site: SiteForTests, checkout: Path, log: Path, *options: str) -> int:
+    """Let a process of its own do everything, under strace; return its exit code.
+
+    It has one thread, and its jobs are not traced: so the calls have the same numbers in every run.
+    """
+    return subprocess.run(
+        ["strace", "-o", str(log), *options, sys.executable, "-c", DRIVER, str(site.directory)],
+        env={**os.environ, "PYTHONPATH": str(checkout), "PYTHONDONTWRITEBYTECODE": "1"},
+        cwd=checkout,
+        capture_output=True,
+        timeout=120,
+        check=False,
+    ).returncode
+
+
+@pytest.mark.requires_program("strace")
+@pytest.mark.parametrize("part", [0, 1])
+def test_a_process_that_is_killed_at_a_system_call_loses_nothing(tmp_path: Path, checkout: Path, part: int) -> None:
+    arena = Arena(tmp_path)
+    log = tmp_path / "calls"
+    site = arena.fresh()
+    _place_several(site)
+    site.site.ledger.close()
+    assert _traced(site, checkout, log, "-e", f"trace={CALLS}") == 0
+    seen: Counter[str] = Counter()
+    calls = []
+    for line in log.read_text().splitlines():
+        if "(" in line:
+            call = line.partition("(")[0]
+            seen[call] += 1
+            # The database writes a page far more often than anything else happens.
+            if call != "pwrite64" or seen[call] % 8 == 0:
+                calls.append((call, seen[call]))
+    points = [calls[len(calls) * (index + 1) // (POINTS + 1)] for index in range(POINTS)][part::2]
+    killed = 0
+    for call, number in points:
+        site = arena.fresh()
+        _place_several(site)
+        site.site.ledger.close()
+        # Each system call is counted by itself.
+        _traced(site, checkout, log, "-e", f"trace={call}", "-e", f"inject={call}:signal=KILL:when={number}")
+        killed += "killed by SIGKILL" in log.read_text()
+        again = existing(site.directory)
+        again.clock.time = START + timedelta(hours=1)
+        try:
+            settle(again)
+        finally:
+            end_jobs(again)
+        _assert_everything_ended_well(again, 1)
+        again.site.ledger.close()
+    assert killed >= len(points) - 2, "how often a job is looked at is left to chance"
