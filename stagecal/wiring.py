@@ -152,7 +152,7 @@ def engines(config: Config) -> Engines:
     """Return the engines by the `[restore]` section."""
     from stagecal.adapters.engines import SiteEngines
 
-    return SiteEngines(config.restore, templates(config), resource("templates"))
+    return SiteEngines(config.restore, config.locks, templates(config), resource("templates"))
 
 
 def checked_templates(config: Config) -> int:

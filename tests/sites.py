@@ -200,14 +200,14 @@ def make_test_site(directory: Path, *, config: str = "") -> SiteForTests:
         with tarfile.open(archive) as tar:
             tar.extractall(sets, filter="data")
     command = home / "calibrate.sh"
-    command.write_text(
-        _COMMAND.format(behaviour=home / "behaviour", sets=sets, runs=home / "runs"), encoding="utf-8"
-    )
+    command.write_text(_COMMAND.format(behaviour=home / "behaviour", sets=sets, runs=home / "runs"), encoding="utf-8")
     command.chmod(0o755)
     text = path.read_text(encoding="utf-8")
     text = text.replace('engine = "casatasks"', f'engine = "command"\ncommand = "{command}"')
     text = text.replace('raw_fetch = ["store/fetch_raw.sh"]\n', "")
-    text = text.replace("reserve_gb = 1\n", "reserve_gb = 0\n").replace("poll_interval_s = 1\n", "poll_interval_s = 0.1\n")
+    text = text.replace("reserve_gb = 1\n", "reserve_gb = 0\n").replace(
+        "poll_interval_s = 1\n", "poll_interval_s = 0.1\n"
+    )
     path.write_text(text + config, encoding="utf-8")
     loaded = load_config(path, environ={})
     clock = FakeClock()

@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -266,6 +267,58 @@ def test_the_command_holds_the_locks_of_the_raw_measurement_sets(tmp_path: Path)
     assert done.stdout.splitlines()[-1] == str(tmp_path / "WORK1" / "working")
     with ms_lock(store / f"{EB}.ms", timeout_s=0):
         pass
+
+
+# Stands in for CASA: one field, one window, and a task that looks at the locks of what it works on.
+CASA = """
+import sys
+from pathlib import Path
+sys.path.append({checkout!r})
+from stagecal.measurement_set.lock import lock_states
+
+def locks(*paths):
+    return [(Path(path).name, lock_states(Path(path))[0].held) for path in paths]
+
+def version_string():
+    return "0"
+
+def mstransform(vis, outputvis, **rest):
+    print("mstransform", locks(vis, outputvis))
+    raise SystemExit(6)
+
+class table:
+    def open(self, path): print("table", locks(path.removesuffix("/FIELD")))
+    def getcol(self, name): return ["J0510+1800"]
+    def close(self): pass
+
+class msmetadata:
+    def open(self, path): print("msmetadata", locks(path))
+    def intentsforfield(self, row): return ["OBSERVE_TARGET#ON_SOURCE"]
+    def spwsforintent(self, intent): return [17]
+    def spwsforfield(self, row): return [17]
+    def nchan(self, window): return 128
+    def done(self): pass
+"""
+
+
+def test_calibrate_holds_the_locks_of_all_that_casa_works_on(tmp_path: Path) -> None:
+    job = tmp_path / "WORK1"
+    script = make_job(job, "casatasks")
+    for name in ("casatasks.py", "casatools.py"):
+        (job / name).write_text(CASA.format(checkout=str(CHECKOUT)))
+    store = tmp_path / "store" / EB
+    for table in (f"{EB}.ms", "products", "gain.tbl"):
+        (store / table).mkdir(parents=True)
+        (store / table / "table.dat").touch()
+    (store / "products" / f"{EB}.ms.calapply.txt").write_text("caltable='gain.tbl'\n")
+    with tarfile.open(store / "products" / f"{EB}.caltables.tgz", "w:gz") as tar:
+        tar.add(store / "gain.tbl", "gain.tbl")
+    (tmp_path / "fetch").write_text(f"#!/bin/sh\ncp -R '{store}' .\n")
+    done = run_job(script)
+    assert done.returncode == 6, done.stderr
+    raw, product = (f"{EB}.ms", True), (f"{EB}.ms.split.cal", True)
+    for line in (f"table {[raw]}", f"msmetadata {[raw]}", f"mstransform {[raw, product]}"):
+        assert line in done.stdout.splitlines()
 
 
 @pytest.mark.parametrize("python", [sys.executable, "python2.7"])

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from stagecal.config import Restore
+from stagecal.config import Locks, Restore
 from stagecal.domain.casa_versions import CasaChoice, casa_for
 from stagecal.domain.requests import Request
 from stagecal.ports import FatalError, Templates
@@ -26,6 +26,7 @@ class SiteEngines:
     """The Engines port by the `[restore]` section; `templates_directory` holds the scripts that run inside CASA."""
 
     restore: Restore
+    locks: Locks
     templates: Templates
     templates_directory: Path
     _versions: dict[Path, str] = field(default_factory=dict)
@@ -56,6 +57,10 @@ class SiteEngines:
             "execution_blocks": list(request.execution_blocks),
             "calfields": list(request.calfields),
             "engine": engine,
+            "locks": {
+                "directory": str(self.locks.directory) if self.locks.directory else None,
+                "timeout_s": self.locks.timeout_s,
+            },
         }
         values = {
             **job,

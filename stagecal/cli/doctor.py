@@ -38,11 +38,13 @@ def command(options: argparse.Namespace, _name: str) -> int:
 
 
 def _findings(config: Config) -> Iterator[Finding]:
-    from stagecal.services.checking import Finding, answer_of, directory_findings
+    from stagecal import wiring
+    from stagecal.services.checking import Finding, answer_of, directory_findings, node_lock_findings
 
     yield from directory_findings(config)
     yield answer_of("archive", lambda: _archive(config))
     yield answer_of("nodes", lambda: _nodes(config))
+    yield from node_lock_findings(config, wiring.nodes(config), wiring.clock().now())
     yield answer_of("engine", lambda: _engine(config))
     yield answer_of("templates", lambda: _templates(config))
     yield answer_of("mail", lambda: _mail(config))

@@ -33,7 +33,8 @@ SIZES = {
     INT64: 8,
 }
 
-RecordFields = list[tuple[str, int, "RecordFields"]]
+RecordFields = list[tuple[str, int, tuple[int, ...], "RecordFields"]]
+"""Of each field of a record its name, data type, the shape that an array must have, and the fields below it."""
 
 
 class TableName(str):
@@ -41,8 +42,8 @@ class TableName(str):
 
 
 Record = dict[str, "Value"]
-Value: TypeAlias = "TableName | str | int | tuple[str, ...] | Record | None"
-"""The value of a keyword, as far as it is of use here: a table, a string, an integer, strings, a record."""
+Value: TypeAlias = "TableName | str | int | float | tuple[str, ...] | Record | None"
+"""The value of a keyword, as far as it is of use here: a table, a string, a number, strings, a record."""
 
 
 class Cursor:
@@ -85,23 +86,28 @@ class Cursor:
         return self.uint64() if wide else self.uint32()
 
     def flag(self) -> bool:
-        return self.take(1) != b"\0"
+        byte = self.take(1)[0]
+        if byte > 1:
+            raise Damaged(f"has {byte} at byte {self.position - 1} where yes or no is due")
+        return byte == 1
 
     def text(self) -> str:
+        return decode(self.take(self.uint32()))
+
+    def value(self) -> str:
+        """Return the text of a keyword; one that Python programs cannot read gives a doubt."""
         raw = self.take(self.uint32())
         try:
             return raw.decode()
         except UnicodeDecodeError:
-            self.doubts.append(
-                f"holds text before byte {self.position} that is no UTF-8, so that Python cannot read it"
-            )
+            self.doubts.append(f"has a keyword before byte {self.position} that is no UTF-8: Python cannot read it")
             return decode(raw)
 
     def name(self) -> str:
-        """Return the name of a column or keyword: text of letters and signs that can be seen."""
-        name = self.text()
+        """Return the name of a column or keyword; one of other than letters and signs gives a doubt."""
+        name = self.value()
         if not (name.isprintable() and name):
-            self.doubts.append(f"holds a name before byte {self.position} that cannot be written")
+            self.doubts.append(f"has a name before byte {self.position} that cannot be written")
         return name
 
     @contextmanager
@@ -159,8 +165,11 @@ class Cursor:
         else:
             raise CannotVerify(f"holds a value of data type {data_type}, which is not known here")
 
-    def array(self, element: int) -> tuple[str, ...]:
-        """Return the strings of an array; of another array nothing, once it has been passed over."""
+    def array(self, element: int, due: tuple[int, ...] = ()) -> tuple[str, ...]:
+        """Return the strings of an array; of another array nothing, once it has been passed over.
+
+        Raises Damaged if its shape is not the one that is `due`, unless that is open (-1 or nothing).
+        """
         with self.object("Array") as version:
             if not 1 <= version <= 3:
                 raise Damaged(f"has an array of version {version} before byte {self.position}")
@@ -169,10 +178,10 @@ class Cursor:
                 self.take(4 * axes)
             shape = struct.unpack(f"{self.order}{axes}I", self.take(4 * axes))
             number = self.uint32()
-            if number != (math.prod(shape) if axes else 0):
+            if number != (math.prod(shape) if axes else 0) or due not in ((), (-1,), shape):
                 raise Damaged(f"has an array of {number} values before byte {self.position} whose shape is {shape}")
             if element == STRING:
-                return tuple(self.text() for _ in range(number))
+                return tuple(self.value() for _ in range(number))
             if element == BOOL:
                 self.take((number + 7) // 8)
             elif element in SIZES:
@@ -193,29 +202,33 @@ class Cursor:
         with self.object("RecordDesc") as version:
             for _ in range(self.uint32()):
                 name, data_type = self.name(), self.int32()
+                shape: tuple[int, ...] = ()
                 inner: RecordFields = []
                 if data_type == RECORD:
                     inner = self._record_description()
                 elif FIRST_ARRAY <= data_type <= LAST_ARRAY or data_type == ARRAY_INT64:
-                    self.shape()
+                    shape = self.shape()
                 elif data_type == TABLE:
                     self.text()
                 if version > 1:
                     self.text()
-                fields.append((name, data_type, inner))
+                fields.append((name, data_type, shape, inner))
         return fields
 
     def _record_values(self, fields: RecordFields) -> Record:
         values: Record = {}
-        for name, data_type, inner in fields:
+        for name, data_type, shape, inner in fields:
             if data_type == TABLE:
-                values[name] = TableName(self.text())
+                values[name] = TableName(self.value())
             elif data_type == STRING:
-                values[name] = self.text()
+                values[name] = self.value()
             elif data_type in (INT, UINT):
                 values[name] = self.int32()
-            elif data_type == FIRST_ARRAY + STRING:
-                values[name] = self.array(STRING)
+            elif data_type in (FLOAT, DOUBLE):
+                code = "f" if data_type == FLOAT else "d"
+                values[name] = struct.unpack(self.order + code, self.take(SIZES[data_type]))[0]
+            elif FIRST_ARRAY <= data_type <= LAST_ARRAY:
+                values[name] = self.array(data_type - FIRST_ARRAY, shape)
             elif data_type != RECORD:
                 self.skip_value(data_type)
                 values[name] = None

@@ -16,7 +16,9 @@ from stagecal.measurement_set.standard import faults
 from stagecal.measurement_set.tables import Lock, Table, Verdict, read_table
 
 MAIN = "MAIN"
-REQUIRED = ("ANTENNA", "DATA_DESCRIPTION", "FIELD", "OBSERVATION", "POLARIZATION", "SPECTRAL_WINDOW")
+NEVER_EMPTY = ("ANTENNA", "DATA_DESCRIPTION", "FIELD", "OBSERVATION", "POLARIZATION", "SPECTRAL_WINDOW")
+REQUIRED = (*NEVER_EMPTY, "FEED", "FLAG_CMD", "HISTORY", "POINTING", "PROCESSOR", "STATE")
+VERSION = 2.0
 # Column of ids, table that has it, table whose rows they name, smallest id that is allowed.
 REFERENCES = (
     ("DATA_DESC_ID", MAIN, "DATA_DESCRIPTION", 0),
@@ -161,6 +163,9 @@ def _missing_tables(tables: dict[str, Table]) -> list[str]:
     missing = [name for name in REQUIRED if name not in tables]
     if missing:
         return [f"MAIN: names no subtable {', '.join(missing)}: this is no measurement set"]
+    version = description.keywords.get("MS_VERSION")
+    if version != VERSION:
+        return [f"MAIN: says that it is a measurement set of version {version}, CASA reads version {VERSION}"]
     return []
 
 
@@ -174,7 +179,9 @@ def _other_columns(tables: dict[str, Table]) -> list[str]:
 
 
 def _empty_tables(tables: dict[str, Table]) -> list[str]:
-    empty = [name for name in (MAIN, *REQUIRED) if name in tables and _plain(tables[name]) and not _rows(tables[name])]
+    empty = [
+        name for name in (MAIN, *NEVER_EMPTY) if name in tables and _plain(tables[name]) and not _rows(tables[name])
+    ]
     return [f"{name}: has no rows, so there are no data to use; make it again from its source" for name in empty]
 
 
@@ -184,7 +191,7 @@ def _loose_references(tables: dict[str, Table]) -> list[str]:
         if not (name in tables and target in tables and _plain(tables[name]) and _plain(tables[target])):
             continue
         rows = _rows(tables[target])
-        if rows == 0 and (target in MAY_BE_EMPTY or target in REQUIRED):
+        if rows == 0 and (target in MAY_BE_EMPTY or target in NEVER_EMPTY):
             continue
         try:
             found = integer_range(tables[name], column)

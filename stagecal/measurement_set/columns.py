@@ -18,6 +18,7 @@ from stagecal.measurement_set.managers import (
     BUCKETS_START,
     STRING_CELL,
     StandardFile,
+    incremental_index,
     read_incremental,
     read_standard,
     standard_places,
@@ -197,25 +198,12 @@ def _incremental_parts(files: Files, description: Description, column: Column) -
                 raise Damaged(f"{name}: bucket {bucket} of {header.bucket_count} is not there")
             start = BUCKETS_START + bucket * header.bucket_size
             data = file.read(start, header.bucket_size)
-            firsts, offsets = _incremental_index(data, column.position, big_endian)
+            firsts, offsets = incremental_index(data, column.position, big_endian)
             if not firsts or firsts[0] != 0 or list(firsts) != sorted(firsts):
                 raise Damaged(f"{name}: bucket {bucket} has no order in the rows of {column.name}")
             for first, end, offset in zip(firsts, (*firsts[1:], rows), offsets, strict=True):
                 if min(end, rows) > first:
                     yield data, 4 + offset, min(end, rows) - first
-
-
-def _incremental_index(data: bytes, position: int, big_endian: bool) -> tuple[Sequence[int], Sequence[int]]:
-    cursor = Cursor(data, big_endian=big_endian)
-    start = cursor.uint32()
-    wide = bool(start & 0x80000000)  # row numbers of eight bytes
-    cursor.position = start & 0x0FFFFFFF
-    width = 8 if wide else 4
-    for _ in range(position):
-        cursor.take(cursor.uint32() * (width + 4))
-    number = cursor.uint32()
-    firsts = _integers(cursor.take(number * width), "Q" if wide else "I", big_endian)
-    return firsts, _integers(cursor.take(number * 4), "I", big_endian)
 
 
 # StManAipsIO: one stream with one column after the other; small tables only, so it is read at once.

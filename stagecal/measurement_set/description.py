@@ -25,6 +25,8 @@ TYPE_NAMES = {
     "Int64": 29,
 }
 DIRECT = 1  # The bit of ColumnDesc::Option that puts an array into the storage manager's own file.
+UNDEFINED, FIXED_SHAPE = 2, 4
+OTHER_KINDS = ("RefTable", "ConcatTable", "NullTable")  # They have no storage of their own.
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ class Description:
     columns: tuple[Column, ...]
     managers: tuple[Manager, ...]
     subtables: dict[str, str]
+    keywords: Record
     private_keywords: Record
     doubts: tuple[str, ...] = ()
 
@@ -102,13 +105,17 @@ def parse_description(data: bytes) -> Description:
         header = _count(cursor, wide=version > 2)
         big_endian = cursor.uint32() == 0
         kind = cursor.text()
+        if kind in OTHER_KINDS:
+            return Description(kind, big_endian, header, None, (), (), {}, {}, {})
         if kind != "PlainTable":
-            return Description(kind, big_endian, header, None, (), (), {}, {})
+            raise Damaged(f"is of the kind {kind[:40]!r}, which there is not")
         keywords, private, described = _table_description(cursor)
         subtables = {name: str(value) for name, value in keywords.items() if isinstance(value, TableName)}
         column_set, managers, columns = _column_set(cursor, described)
         doubts = tuple(cursor.doubts)
-        return Description(kind, big_endian, header, column_set, columns, managers, subtables, private, doubts)
+        return Description(
+            kind, big_endian, header, column_set, columns, managers, subtables, keywords, private, doubts
+        )
 
 
 def promised_length(data: bytes) -> int:
@@ -144,6 +151,10 @@ def _column(cursor: Cursor) -> Column:
     data_type, option, axes = cursor.int32(), cursor.int32(), cursor.int32()
     scalar = _is_scalar(description_class, name, data_type)
     shape = () if scalar else cursor.shape()
+    if not scalar and not _fits(option, axes, shape):
+        raise Damaged(
+            f"gives {name} the option {option}, {axes} axes and the shape {shape}, which contradict each other"
+        )
     maximum_length = cursor.uint32()
     keywords = cursor.record()
     cursor.uint32()  # version of the derived class
@@ -152,6 +163,13 @@ def _column(cursor: Cursor) -> Column:
     elif data_type != RECORD:
         cursor.skip_value(data_type)  # default value
     return Column(name, data_type, scalar, bool(option & DIRECT), maximum_length, axes, shape, keywords)
+
+
+def _fits(option: int, axes: int, shape: tuple[int, ...]) -> bool:
+    """Return whether an array can have these: stored directly only with a fixed shape, of as many axes."""
+    if option & ~(DIRECT | UNDEFINED | FIXED_SHAPE) or (option & DIRECT and not option & FIXED_SHAPE):
+        return False
+    return len(shape) == max(axes, 0) if shape else True
 
 
 def _is_scalar(description_class: str, name: str, data_type: int) -> bool:

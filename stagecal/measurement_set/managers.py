@@ -5,6 +5,7 @@ Only headers and indices are read. Raises Damaged where a file is missing, cut, 
 
 import itertools
 import math
+import struct
 from dataclasses import dataclass
 
 from stagecal.measurement_set.aipsio import BOOL, SIZES, STRING, Cursor, Value
@@ -71,11 +72,13 @@ def stored_rows(files: Files, manager: Manager, description: Description) -> int
     name = f"table.f{manager.number}"
     columns, big_endian = description.columns_of(manager.number), description.big_endian
     rows: int | None = None
+    if not columns and is_known(manager.kind):
+        raise Damaged(f"{name} holds no column, if table.dat is right")
     try:
         if manager.kind == "StandardStMan":
             rows = _standard_rows(files, name, manager, columns, big_endian)
         elif manager.kind == "IncrementalStMan":
-            rows = _incremental_rows(files, name, manager, big_endian)
+            rows = _incremental_rows(files, name, manager, description)
         elif manager.kind == "StManAipsIO":
             rows = _aipsio_rows(files, name, manager)
         elif manager.kind.startswith("Tiled"):
@@ -186,14 +189,39 @@ def _cell_bits(column: Column) -> int:
     return elements if column.data_type == BOOL else 8 * SIZES[column.data_type] * elements
 
 
-def _incremental_rows(files: Files, name: str, manager: Manager, big_endian: bool) -> int:
+def _incremental_rows(files: Files, name: str, manager: Manager, description: Description) -> int:
     cursor = Cursor(manager.specification)
     try:
         with cursor.object("ISM"):
             cursor.text()
     except Damaged as error:
         raise Damaged(f"has a part in table.dat that {error}") from None
-    return read_incremental(files, name, big_endian=big_endian).starts[-1]
+    header = read_incremental(files, name, big_endian=description.big_endian)
+    number = next((bucket for bucket, rows in enumerate(itertools.pairwise(header.starts)) if rows[1] > rows[0]), None)
+    if number is not None:
+        with files.open(name) as file:
+            bucket = file.read(BUCKETS_START + header.buckets[number] * header.bucket_size, header.bucket_size)
+        for column in description.columns_of(manager.number):
+            if incremental_index(bucket, column.position, description.big_endian)[0][:1] != (0,):
+                raise Damaged(f"does not hold {column.name}, if table.dat is right")
+    return header.starts[-1]
+
+
+def incremental_index(bucket: bytes, position: int, big_endian: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return at which rows of a bucket of IncrementalStMan a column changes, and where the values are.
+
+    The column is the one at this position among those of its manager. Raises Damaged.
+    """
+    cursor = Cursor(bucket, big_endian=big_endian)
+    start = cursor.uint32()
+    wide = bool(start & 0x80000000)  # row numbers of eight bytes
+    cursor.position = start & 0x0FFFFFFF
+    width = 8 if wide else 4
+    for _ in range(position):
+        cursor.take(cursor.uint32() * (width + 4))
+    number = cursor.uint32()
+    rows = struct.unpack(f"{cursor.order}{number}{'Q' if wide else 'I'}", cursor.take(number * width))
+    return rows, struct.unpack(f"{cursor.order}{number}I", cursor.take(number * 4))
 
 
 def read_incremental(files: Files, name: str, *, big_endian: bool) -> IncrementalFile:
@@ -263,13 +291,13 @@ def _check_hypercolumn(definition: Value, axes: int, manager: Manager, columns: 
     if not isinstance(definition, dict):
         return
     cell_axes = axes - (manager.kind in ("TiledColumnStMan", "TiledShapeStMan"))
-    names = [definition.get(part, ()) for part in ("data", "coord", "id")]
+    names = [definition.get(part) for part in ("data", "coord", "id")]
     if definition.get("ndim") != axes or not all(isinstance(part, tuple) for part in names):
         raise Damaged(f"has hypercubes of {axes} axes, which table.dat describes in another way")
     held = {column.name for column in columns}
     bound = {name for part in names if isinstance(part, tuple) for name in part}
     if manager.kind != "TiledDataStMan" and (
-        not held <= bound or any(column.axes not in (cell_axes, -1, 0) for column in columns)
+        not held <= bound or any(column.axes not in (cell_axes, -1) for column in columns)
     ):
         raise Damaged(f"holds {', '.join(sorted(held))}, which table.dat describes in another way")
 

@@ -207,6 +207,8 @@ def faults(name: str, description: Description) -> Iterator[str]:
             continue
         column = description.column(words[0])
         fault = "is missing" if column is None else _fault(column, *words[1:])
+        if column is not None and column.name == "FLAG_CATEGORY" and "CATEGORY" not in column.keywords:
+            fault = "has no keyword CATEGORY"
         if fault:
             yield f"{words[0]} {fault}"
 

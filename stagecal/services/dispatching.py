@@ -26,6 +26,7 @@ from stagecal.services.reuse import serve_from_staged
 
 MAXIMUM_LOSSES = 3
 REST = timedelta(seconds=30)
+_NO_NODE = "no node is fit"
 
 
 def handle_of(request: Request) -> JobHandle:
@@ -121,9 +122,9 @@ def _dispatch(site: Site, request: Request, now: datetime) -> Request:
     opinions = explain_choice(looks, label=label, max_load_per_core=limit, avoid=avoid)
     seen = "; ".join(f"{opinion.name} {opinion.reason}" for opinion in opinions)
     if node is None:
-        if request.reason != seen:
+        if not request.reason.startswith(_NO_NODE):
             site.ledger.note(request.id, Step("dispatch", "which node has low load?", seen, "none: wait"), now)
-        return site.ledger.commit(request, now=now, not_before=now + REST, reason=seen)
+        return site.ledger.commit(request, now=now, not_before=now + REST, reason=f"{_NO_NODE}: {seen}")
     nonce = site.new_secret()
     job = JobHandle(node, f"WORK{int(nonce[:7], 16)}", nonce)
     claimed = site.ledger.claim_slot(

@@ -236,7 +236,7 @@ def end_state(site: SiteForTests) -> dict[str, object]:
             path.name for path in site.config.triggers.directory.iterdir() if not path.name.startswith("trigger-")
         ),
         "rejected": sorted(os.listdir(rejected)) if rejected.exists() else [],
-        "mails": sorted(message_ids(site)),
+        "mails": sorted((identity.partition(".")[0], envelope) for identity, envelope in message_ids(site)),
         "published": sorted(verified(path) for path in site.published()),
         "recorded": sorted(
             (staging.request, staging.withdrawn_at is None, staging.notified_at is None, path in stagings)

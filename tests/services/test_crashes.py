@@ -178,6 +178,7 @@ SCENARIOS = [
         "withdrawn by removing the trigger",
         [lambda site: run_until(site, State.HELD), _remove_triggers, _notice_the_removal, settle],
         before=_place_failing,
+        only_after=True,
     ),
     Scenario("withdrawn when failed", [_withdraw, settle], before=_fail_and_mend),
     Scenario("calfields", [settle], before=lambda site: _place_calfields(site, "J0510+1800"), only_after=True),
@@ -196,11 +197,12 @@ SCENARIOS = [
 ]
 
 
-def _played(arena: Arena, scenario: Scenario, effects: Effects) -> SiteForTests:
-    """Return the site after the scenario, with one death and one new start where the effects say so."""
+def _played(arena: Arena, scenario: Scenario, *deaths: Effects) -> SiteForTests:
+    """Return the site after the scenario, with a death and a new start wherever the effects say so, in turn."""
     site = arena.fresh()
     scenario.before(site)
-    acting = with_ports(site, **vars(effects.wrap(site.site)))
+    first, *later = deaths
+    acting = with_ports(site, **vars(first.wrap(site.site)))
     acts = list(scenario.acts)
     try:
         while acts:
@@ -210,6 +212,8 @@ def _played(arena: Arena, scenario: Scenario, effects: Effects) -> SiteForTests:
             except Crash:
                 acting.site.ledger.close()
                 acting = site.restart()
+                if later:
+                    acting = with_ports(acting, **vars(later.pop(0).wrap(acting.site)))
         return acting
     except BaseException:
         end_jobs(acting)
@@ -253,6 +257,20 @@ def test_dying_at_any_effect_changes_nothing_but_perhaps_one_mail_twice(tmp_path
     assert not faults, "\n".join(faults)
     # Only between the server's answer and its record can nobody know: that is before one effect and after another.
     assert len(doubtful) == (1 if scenario.only_after else 2) * undisturbed.names.count("mailer.send")
+
+
+def test_dying_again_while_the_first_death_is_mended_changes_nothing_either(tmp_path: Path) -> None:
+    arena = Arena(tmp_path)
+    scenario = SCENARIOS[0]
+    undisturbed = Effects()
+    site = _played(arena, scenario, undisturbed)
+    expected = end_state(site)
+    site.site.ledger.close()
+    for number in range(2, len(undisturbed.names), 3):
+        site = _played(arena, scenario, Effects(number), Effects(1 + number % 4), Effects(2))
+        assert end_state(site) == expected, number
+        assert sum(message_ids(site).values()) <= 2
+        site.site.ledger.close()
 
 
 # --- real deaths ---------------------------------------------------------------------------------------------------

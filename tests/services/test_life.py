@@ -1124,6 +1124,12 @@ def test_a_disk_without_room_makes_requests_wait_and_fails_nobody(tmp_path: Path
     request = full.only()
     assert request.state is State.ACCEPTED and request.not_before and "free" in request.reason
     assert full.calibrations() == 0 and full.job_directories() == []
+    # Trouble that lasts is told, once a day.
+    for _ in range(200):
+        full.rounds().run()
+        full.clock.advance(minutes=5)
+    (alarm,) = parsed(full)
+    assert alarm["To"] == "maintainer@example.org" and "free" in body(alarm)
     again = site.restart()
     settle(again)
     assert end_of(again.only()) == DELIVERED
