@@ -164,10 +164,11 @@ def _check_layout(header: StandardFile, manager: Manager, columns: tuple[Column,
         offsets, indices = standard_places(manager)
     except Damaged as error:
         raise Damaged(f"has a part in table.dat that {error}") from None
-    if not len(columns) == len(offsets) == len(indices):
+    # Where a column was removed, the last place is left over.
+    if not len(columns) <= len(offsets) == len(indices):
         raise Damaged(f"holds {len(columns)} columns, of which table.dat gives the places of {len(offsets)}")
     ends: dict[int, int] = {}
-    for index, start, column in sorted(zip(indices, offsets, columns, strict=True), key=lambda place: place[:2]):
+    for index, start, column in sorted(zip(indices, offsets, columns, strict=False), key=lambda place: place[:2]):
         if index >= len(header.indices):
             raise Damaged(f"has no index {index}, which table.dat gives to {column.name}")
         if start < ends.get(index, 0):
