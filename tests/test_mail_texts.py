@@ -16,7 +16,7 @@ import pytest
 
 from stagecal.adapters import job_directory
 from stagecal.domain import terminal
-from stagecal.domain.mails import message_fault
+from stagecal.domain.mails import compose, message_fault
 from stagecal.domain.products import tar_name
 from stagecal.domain.records import MailKind, NewMail, OutboxMail, ProductFile, Recipient, RecipientState, Step
 from stagecal.domain.requests import Origin, Request, State
@@ -34,6 +34,7 @@ from stagecal.services.notifying import (
     request_message_id,
     undeliverable_mail,
 )
+from stagecal.services.requesting import request_mail
 
 MOUS = "uid://A001/X12a3/X80e"
 BLOCKS = ("uid://A002/Xce574d/Xa33e", "uid://A002/Xcf92df/X3453")
@@ -102,6 +103,27 @@ def as_golden(mail: NewMail) -> str:
     assert message_fault(mail.message) == ""
     envelope = "".join(f"Envelope-To: {address}\n" for address in (*mail.primary, *mail.copies))
     return envelope + mail.message.decode().replace("\r\n", "\n")
+
+
+# --- request -------------------------------------------------------------------------------------------------------
+
+
+def test_the_request_mail(text_site: Site, golden: Compare, example_time: datetime) -> None:
+    trigger = Trigger(
+        "contact@example.org",
+        "maintainer@example.org",
+        MOUS,
+        "2017.1.01347.S",
+        ("J0510+1800", "J0440+1437"),
+        "Jürgen O'Brien, 李",
+        "pi@example.org",
+        "16140",
+    )
+    mail = request_mail(text_site.config, trigger, trigger_name(MOUS, example_time))
+    message = compose(mail, example_time)
+    assert message_fault(message) == ""
+    envelope = "".join(f"Envelope-To: {address}\n" for address in mail.recipients)
+    golden("mails/request.eml", envelope + message.decode().replace("\r\n", "\n"))
 
 
 # --- delivered -----------------------------------------------------------------------------------------------------
