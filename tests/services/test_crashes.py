@@ -9,8 +9,9 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -36,6 +37,28 @@ from tests.services.effects import (
     with_ports,
 )
 from tests.sites import CALIBRATORS, CALIBRATORS_PROJECT, MAIN, RELEASED, START, SiteForTests
+
+MEMORY = Path("/dev/shm")
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Path]:
+    """A directory in memory where there is room: hundreds of sites wait for the disk thousands of times."""
+    if not _has_room(MEMORY):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir=MEMORY, prefix="stagecal-", ignore_cleanup_errors=True) as directory:
+        yield Path(directory)
+
+
+def _has_room(directory: Path) -> bool:
+    try:
+        found = os.statvfs(directory)
+    except OSError:
+        return False
+    may_be_used = os.access(directory, os.W_OK) and not found.f_flag & os.ST_NOEXEC
+    return may_be_used and found.f_bavail * found.f_frsize > 2**30
+
 
 Act = Callable[[SiteForTests], None]
 
@@ -226,8 +249,8 @@ def _crash_points(names: Sequence[str], *, only_after: bool) -> list[tuple[int, 
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name.replace(" ", "-"))
-def test_dying_at_any_effect_changes_nothing_but_perhaps_one_mail_twice(tmp_path: Path, scenario: Scenario) -> None:
-    arena = Arena(tmp_path)
+def test_dying_at_any_effect_changes_nothing_but_perhaps_one_mail_twice(place: Path, scenario: Scenario) -> None:
+    arena = Arena(place)
     undisturbed = Effects()
     site = _played(arena, scenario, undisturbed)
     expected = end_state(site)
@@ -259,8 +282,8 @@ def test_dying_at_any_effect_changes_nothing_but_perhaps_one_mail_twice(tmp_path
     assert len(doubtful) == (1 if scenario.only_after else 2) * undisturbed.names.count("mailer.send")
 
 
-def test_dying_again_while_the_first_death_is_mended_changes_nothing_either(tmp_path: Path) -> None:
-    arena = Arena(tmp_path)
+def test_dying_again_while_the_first_death_is_mended_changes_nothing_either(place: Path) -> None:
+    arena = Arena(place)
     scenario = SCENARIOS[0]
     undisturbed = Effects()
     site = _played(arena, scenario, undisturbed)
@@ -351,9 +374,9 @@ def _traced(site: SiteForTests, checkout: Path, log: Path, *options: str) -> int
 
 @pytest.mark.requires_program("strace")
 @pytest.mark.parametrize("part", [0, 1])
-def test_a_process_that_is_killed_at_a_system_call_loses_nothing(tmp_path: Path, checkout: Path, part: int) -> None:
-    arena = Arena(tmp_path)
-    log = tmp_path / "calls"
+def test_a_process_that_is_killed_at_a_system_call_loses_nothing(place: Path, checkout: Path, part: int) -> None:
+    arena = Arena(place)
+    log = place / "calls"
     site = arena.fresh()
     _place_several(site)
     site.site.ledger.close()
