@@ -63,7 +63,8 @@ def commands(text: str) -> Iterator[list[str]]:
         if not any(program in line for program in PROGRAMS):
             continue
         try:
-            words = shlex.split(line, comments=True)
+            # What stands after a lone -- is somebody else's command.
+            words = shlex.split(line.partition(" -- ")[0], comments=True)
         except ValueError:
             continue
         if words[:1] == ["$"]:

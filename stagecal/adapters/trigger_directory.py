@@ -11,6 +11,7 @@ import errno
 import hashlib
 import os
 import pwd
+import signal
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -115,16 +116,21 @@ class TriggerDirectory:
         with self._opened() as directory, _errors(f"no trigger can be placed in {self._directory}"):
             for second in range(_SECONDS_TRIED):
                 name = trigger_name(mous, at + timedelta(seconds=second))
+                reserved = False
                 try:
-                    file = os.open(_reserved(name), _WRITE | os.O_CREAT | os.O_EXCL, _FILE_MODE, dir_fd=directory)
-                except FileExistsError:
-                    continue
-                os.close(file)
-                # Asked only now: whoever held the reservation before us may have published. Network file systems
-                # remember for half a minute that a name was missing, so a listing is asked, not the name.
-                if name not in os.listdir(directory):
-                    return name
-                os.unlink(_reserved(name), dir_fd=directory)
+                    # Ctrl-C waits for the moment at which we know whether the file is ours to remove.
+                    with _uninterrupted():
+                        reserved = _made_exclusively(_reserved(name), directory)
+                    # Asked only now: whoever held the reservation before us may have published. Network file systems
+                    # remember for half a minute that a name was missing, so a listing is asked, not the name.
+                    if reserved and name not in os.listdir(directory):
+                        return name
+                except BaseException:
+                    if reserved:
+                        os.unlink(_reserved(name), dir_fd=directory)
+                    raise
+                if reserved:
+                    os.unlink(_reserved(name), dir_fd=directory)
         raise TransientError(
             f"{_SECONDS_TRIED} triggers for this MOUS stand in {self._directory} within a minute: try again later"
         )
@@ -242,6 +248,26 @@ def _is_meant_for_us(name: str) -> bool:
 
 def _is_stranger(name: str) -> bool:
     return not (_is_meant_for_us(name) or name.startswith(".") or name == REJECTED)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Hold Ctrl-C and a polite end back for a moment; they take effect at the end of it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _made_exclusively(name: str, directory: int) -> bool:
+    """Make an empty file; return whether it is ours, because nobody had made it before."""
+    try:
+        file = os.open(name, _WRITE | os.O_CREAT | os.O_EXCL, _FILE_MODE, dir_fd=directory)
+    except FileExistsError:
+        return False
+    os.close(file)
+    return True
 
 
 def _reserved(name: str) -> str:
