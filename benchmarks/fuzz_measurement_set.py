@@ -26,7 +26,7 @@ import tarfile
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,12 +63,16 @@ class Outcome(NamedTuple):
 # --- in the CASA worker's python: opens and walks what it is told ----------------------------------------------------
 
 
-def serve(copy: str) -> None:
-    """Answer each damage told on standard input with what casacore makes of it, in children that may die."""
-    import casacore.tables
-    import casatools  # noqa: F401  # imported once, for all children
+def serve(copy: str, who: str) -> None:
+    """Answer each damage told on standard input with what casacore, or msmetadata, makes of it.
 
-    assert casacore.tables
+    Children answer, because they may die; a fresh one costs little if it has no more than it needs.
+    """
+    if who == "msmetadata":
+        import casatools  # noqa: F401  # imported once, for all children
+    else:
+        import casacore.tables  # noqa: F401
+
     # A damaged length makes casacore ask for gigabytes, which take seconds to get: it fails all the same.
     now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (now + SPARE_BYTES, now + SPARE_BYTES))
@@ -77,56 +81,64 @@ def serve(copy: str) -> None:
     while True:
         child = os.fork()
         if child == 0:
-            answer_all(copy, kept)
+            answer_some(copy, who, kept)
             os._exit(0)
         _, status = os.waitpid(child, 0)
-        if os.WIFEXITED(status):
-            if os.WEXITSTATUS(status):
-                return
-            continue
-        for file, content in kept.items():
-            file.write_bytes(content)
-        print(json.dumps({"crash": os.WTERMSIG(status)}), flush=True)
+        if os.WIFSIGNALED(status):
+            for file, content in kept.items():
+                file.write_bytes(content)
+            print(json.dumps({"crash": os.WTERMSIG(status)}), flush=True)
+        elif os.WEXITSTATUS(status):
+            return
 
 
-def answer_all(copy: str, kept: dict[Path, bytes]) -> None:
-    """Answer until standard input ends; a line is read by the byte, so that another child goes on with the next."""
-    import casacore.tables as ct
-    import casatools
+def answer_some(copy: str, who: str, kept: dict[Path, bytes]) -> None:
+    """Answer until something fails: casacore keeps in mind what failed to open, and damaged tables leak memory.
 
-    metadata = casatools.msmetadata()
-    casatools.logsink().filter("SEVERE")
+    A line of the input is read by the byte, so that another child goes on with the next. Its end ends the process.
+    """
+    look = look_at_metadata() if who == "msmetadata" else walk
     for _ in range(SERVED):
         line = b"".join(iter(lambda: os.read(0, 1).strip(b"\n"), b""))
         if not line:
             os._exit(1)
-        table, file, offset, value, whole = json.loads(line)
-        place = os.path.join(copy, table)
-        files = [Path(os.path.normpath(place), name) for name in ("table.dat", "table.lock")]
+        table, file, offset, value = json.loads(line)
+        place = os.path.normpath(os.path.join(copy, table))
         if file:
-            path = Path(os.path.normpath(place), file)
-            damaged = bytearray(kept[path])
+            damaged = bytearray(kept[Path(place, file)])
             damaged[offset] = value
-            path.write_bytes(damaged)
+            Path(place, file).write_bytes(damaged)
         try:
-            if whole:
-                metadata.open(copy)
-                answer = {"digest": repr([metadata.nfields(), metadata.nspw(), sorted(metadata.intents())])}
-                metadata.done()
-            else:
-                answer = walk(ct, place)
+            answer = look(copy if who == "msmetadata" else place)
         except Exception as error:
             answer = {"error": str(error)[:300]}
-        finally:
-            for path in files:
-                path.write_bytes(kept[path])
+        for name in ("table.dat", "table.lock"):
+            Path(place, name).write_bytes(kept[Path(place, name)])
         print(json.dumps(answer), flush=True)
         if "error" in answer:
-            return  # casacore keeps a table in mind that failed to open: the next damage needs a fresh process.
+            return
 
 
-def walk(ct: Any, place: str) -> dict[str, Any]:
+def look_at_metadata() -> Callable[[str], dict[str, Any]]:
+    """Return what opens a measurement set with msmetadata and asks it some questions."""
+    import casatools
+
+    casatools.logsink().filter("SEVERE")
+    metadata = casatools.msmetadata()
+
+    def look(path: str) -> dict[str, Any]:
+        metadata.open(path)
+        answer = [metadata.nfields(), metadata.nspw(), sorted(metadata.intents())]
+        metadata.done()
+        return {"digest": repr(answer)}
+
+    return look
+
+
+def walk(place: str) -> dict[str, Any]:
     """Open a table and read through it. Raises RuntimeError where casacore does."""
+    import casacore.tables as ct
+
     table = ct.table(place, ack=False, lockoptions="autonoread")
     try:
         rows = table.nrows()
@@ -147,19 +159,20 @@ def walk(ct: Any, place: str) -> dict[str, Any]:
 
 
 class Casacore:
-    """A worker process with a copy of the measurement set; started again when it dies or hangs."""
+    """A worker process with a copy of the measurement set; started again when it hangs."""
 
-    def __init__(self, source: Path, directory: Path) -> None:
-        self.copy = directory / "copy.ms"
+    def __init__(self, source: Path, directory: Path, who: str) -> None:
+        self.copy = directory / f"{who}.ms"
         self.source = source
+        self.who = who
         self.process: subprocess.Popen[bytes] | None = None
 
-    def ask(self, table: str, file: str = "", offset: int = 0, value: int = 0, whole: bool = False) -> dict[str, Any]:
+    def ask(self, table: str, file: str = "", offset: int = 0, value: int = 0) -> dict[str, Any]:
         """Return what casacore makes of a damage: rows and digest, or error, crash, hang."""
         if self.process is None:
             self._start()
         assert self.process is not None and self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(json.dumps([table, file, offset, value, whole]).encode() + b"\n")
+        self.process.stdin.write(json.dumps([table, file, offset, value]).encode() + b"\n")
         self.process.stdin.flush()
         end = time.monotonic() + PATIENCE_S
         while True:
@@ -183,7 +196,7 @@ class Casacore:
         shutil.rmtree(self.copy, ignore_errors=True)
         shutil.copytree(self.source, self.copy)
         self.process = subprocess.Popen(
-            [python, __file__, "--serve", self.copy],
+            [python, __file__, "--serve", self.copy, self.who],
             env=casa_environment(python),
             cwd=self.copy.parent,
             stdin=subprocess.PIPE,
@@ -270,9 +283,9 @@ def examine(path: Path, some: list[Case]) -> list[Outcome]:
 
     contents = {f"X.ms/{file.relative_to(path)}": file.read_bytes() for file in path.rglob("*") if file.is_file()}
     with tempfile.TemporaryDirectory() as directory:
-        casacore = Casacore(path, Path(directory))
+        casacore, msmetadata = (Casacore(path, Path(directory), who) for who in ("casacore", "msmetadata"))
         table = some[0].table
-        good, good_whole = casacore.ask(table), casacore.ask(table, whole=True)
+        good, good_whole = casacore.ask(table), msmetadata.ask(table)
         assert good.get("digest") and good_whole.get("digest"), (good, good_whole)
         outcomes = []
         for case in some:
@@ -285,11 +298,12 @@ def examine(path: Path, some: list[Case]) -> list[Outcome]:
             what = _named(answer, good)
             words, metadata = str(answer.get("error") or answer.get("crash") or ""), ""
             if what not in TRIPS:
-                answer = casacore.ask(*case[:4], whole=True)
+                answer = msmetadata.ask(*case[:4])
                 metadata = _named(answer, good_whole)
                 words = str(answer.get("error") or answer.get("crash") or "")
             outcomes.append(Outcome(case, report.verdict.value, not report.healthy, what, words, metadata))
         casacore.close()
+        msmetadata.close()
     return outcomes
 
 
@@ -313,10 +327,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1, help="another sample")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--json", type=Path, help="write every damage that somebody sees, or nobody, to a file")
-    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
-        serve(options.serve)
+        serve(*options.serve)
         return
     with tempfile.TemporaryDirectory() as directory:
         path = options.ms or unpacked(Path(directory))

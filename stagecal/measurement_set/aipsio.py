@@ -86,6 +86,7 @@ class Cursor:
         return self.uint64() if wide else self.uint32()
 
     def flag(self) -> bool:
+        """Return yes or no; Damaged where the byte is neither 1 nor 0."""
         byte = self.take(1)[0]
         if byte > 1:
             raise Damaged(f"has {byte} at byte {self.position - 1} where yes or no is due")

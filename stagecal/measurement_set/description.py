@@ -50,6 +50,7 @@ class Column:
     data_type: int
     scalar: bool
     direct: bool
+    fixed_shape: bool
     maximum_length: int
     axes: int
     shape: tuple[int, ...]
@@ -162,7 +163,8 @@ def _column(cursor: Cursor) -> Column:
         cursor.flag()
     elif data_type != RECORD:
         cursor.skip_value(data_type)  # default value
-    return Column(name, data_type, scalar, bool(option & DIRECT), maximum_length, axes, shape, keywords)
+    direct, fixed = bool(option & DIRECT), bool(option & FIXED_SHAPE)
+    return Column(name, data_type, scalar, direct, fixed, maximum_length, axes, shape, keywords)
 
 
 def _fits(option: int, axes: int, shape: tuple[int, ...]) -> bool:
@@ -209,6 +211,8 @@ def _column_set(cursor: Cursor, described: tuple[Column, ...]) -> tuple[Count, t
         if number not in taken:
             raise Damaged(f"says that {column.name} is held by storage manager {number}, which is not there")
         shape = cursor.shape() if not column.scalar and cursor.flag() else column.shape
+        if min(shape, default=0) < 0:
+            raise Damaged(f"gives {column.name} the shape {shape}, which no array can have")
         columns.append(replace(column, shape=shape, manager=number, position=taken[number]))
         taken[number] += 1
     managers = tuple(Manager(number, kind, cursor.take(cursor.uint32())) for kind, number in kinds)

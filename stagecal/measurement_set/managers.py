@@ -260,6 +260,8 @@ def _aipsio_rows(files: Files, name: str, manager: Manager) -> int:
 
 def _tiled_rows(files: Files, name: str, manager: Manager, description: Description) -> int:
     columns = description.columns_of(manager.number)
+    if manager.kind == "TiledColumnStMan" and not all(column.fixed_shape for column in columns):
+        raise Damaged("holds arrays of one shape, which table.dat does not demand")
     cursor = Cursor(read_file(files, name))  # the header is always big-endian, whatever the table says
     with cursor.object(manager.kind, partly=True):
         if manager.kind in ("TiledColumnStMan", "TiledCellStMan"):

@@ -20,6 +20,8 @@ from stagecal.measurement_set.managers import is_known, stored_rows
 
 LOCK_REQUESTS = 260  # table.lock begins with a list of lock requests; then the length of the sync record.
 
+UNREADABLE = "cannot be read"
+
 
 class Verdict(StrEnum):
     """What is to be thought of one table."""
@@ -85,7 +87,8 @@ class Table:
         """One line each: what is wrong and what to do; empty if the verdict is ok or depends on its lock file."""
         lines = [f"{line}; make it again from its source" for line in self.damage]
         if self.lock.damage:
-            lines.append(f"table.lock {self.lock.damage}: casacore cannot open the table; seal it")
+            remedy = "make it readable" if self.lock.damage.startswith(UNREADABLE) else "seal it"
+            lines.append(f"table.lock {self.lock.damage}: casacore cannot open the table; {remedy}")
         lines += self.unknown
         if not lines and self.true_rows is None:
             lines.append("no storage manager keeps a row count: nothing to compare with")
@@ -157,7 +160,7 @@ def _read_lock(files: Files) -> Lock:
     except FileNotFoundError:
         return Lock()
     except OSError as error:
-        return Lock(damage=f"cannot be read ({error.strerror})")
+        return Lock(damage=f"{UNREADABLE} ({error.strerror})")
     except CannotVerify as error:
         return Lock(damage=str(error))
     if len(record) < length:

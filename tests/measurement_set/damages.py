@@ -102,6 +102,7 @@ DAMAGES = [
     Damage("table.dat cut by a byte", "FIELD", lambda t: cut(t / "table.dat", 0.9999), BROKEN),
     Damage("table.dat emptied", "MAIN", lambda t: cut(t / "table.dat", 0), BROKEN),
     Damage("table.dat removed", "FIELD", lambda t: (t / "table.dat").unlink(), BROKEN),
+    Damage("table.dat of no known kind", "FIELD", lambda t: patch(t / "table.dat", 33, b"X"), BROKEN),
     Damage("table.f0 cut", "STATE", lambda t: cut(t / "table.f0"), BROKEN),
     Damage("table.f0 emptied", "STATE", lambda t: cut(t / "table.f0", 0), BROKEN),
     Damage("table.f0 zeroed", "STATE", lambda t: zero(t / "table.f0"), BROKEN),

@@ -1,11 +1,11 @@
 """Write a small, real measurement set in the form that ALMA data have (run by the CASA worker's python).
 
-    make_ms.py OUT.ms [--stale-dat] [--empty]
+    make_ms.py OUT.ms [--stale-dat] [--empty] [--channels 16] [--repeat 1]
 
 Three fields with intents, six spectral windows of which two hold data, tiled DATA, the slowly varying ids in
 IncrementalStMan, the others in StandardStMan. Without --stale-dat every table.dat is brought up to date, as in
 what importasdm writes; with it all of them say 0 rows, as casacore leaves them by itself. With --empty the main
-table has no rows.
+table has no rows. --channels and --repeat (of all scans) make it larger.
 """
 
 import argparse
@@ -85,7 +85,7 @@ def main_table(path):
     ct.default_ms(path, description, information).close()
 
 
-def subtables(path, sync, end):
+def subtables(path, sync, end, in_data):
     angle = 2.4 * np.arange(ANTENNAS)
     position = np.stack([2225142 + 40 * np.cos(angle), -5440307 + 40 * np.sin(angle), -2481029 + 9 * angle], 1)
     names = [f"DA{41 + i}" if i % 2 else f"DV{1 + i:02d}" for i in range(ANTENNAS)]
@@ -122,7 +122,7 @@ def subtables(path, sync, end):
         POSITION=[np.zeros(3)] * feeds,
         RECEPTOR_ANGLE=[np.zeros(2)] * feeds,
     )
-    channels = [CHANNELS if i in DATA_WINDOWS else 4 for i in range(WINDOWS)]
+    channels = [in_data if i in DATA_WINDOWS else 4 for i in range(WINDOWS)]
     widths = [np.full(n, 1e6) for n in channels]
     fill(
         path,
@@ -221,20 +221,20 @@ def subtables(path, sync, end):
     )
 
 
-def write(path, *, sync, scans=SCANS):
+def write(path, *, sync, scans=SCANS, channels=CHANNELS):
     random = np.random.default_rng(1)
     first, second = np.triu_indices(ANTENNAS, 1)
     baselines, windows = len(first), len(DATA_WINDOWS)
     main_table(path)
     end = START + SECONDS * sum(number for _, number in scans)
-    subtables(path, sync, end)
+    subtables(path, sync, end, channels)
     table = ct.table(path, readonly=False, ack=False)
     gains = (0.8 + 0.4 * random.random(ANTENNAS)) * np.exp(2j * np.pi * random.random(ANTENNAS))
     row, now = 0, START
     for scan, (field, integrations) in enumerate(scans, 1):
         rows = integrations * windows * baselines
         table.addrows(rows)
-        shape = (rows, CHANNELS, CORRELATIONS)
+        shape = (rows, channels, CORRELATIONS)
         model = FIELDS[field][3] * np.tile(gains[first] * gains[second].conj(), integrations * windows)
         noise = 0.05 * (random.standard_normal(shape) + 1j * random.standard_normal(shape))
         times = np.repeat(now + SECONDS * (np.arange(integrations) + 0.5), windows * baselines)
@@ -272,5 +272,8 @@ if __name__ == "__main__":
     parser.add_argument("path")
     parser.add_argument("--stale-dat", action="store_true")
     parser.add_argument("--empty", action="store_true")
+    parser.add_argument("--channels", type=int, default=CHANNELS)
+    parser.add_argument("--repeat", type=int, default=1)
     arguments = parser.parse_args()
-    write(arguments.path, sync=not arguments.stale_dat, scans=() if arguments.empty else SCANS)
+    scans = () if arguments.empty else SCANS * arguments.repeat
+    write(arguments.path, sync=not arguments.stale_dat, scans=scans, channels=arguments.channels)
