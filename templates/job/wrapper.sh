@@ -40,7 +40,8 @@ nap() {
     sleep 0.2 2>/dev/null || sleep 1
 }
 
-# Sets `groups` to the process groups of all that carries the job's nonce, wherever it went, but this session's. A whole
+# Sets `groups` to the process groups of all that carries the job's nonce, wherever it went, but the wrapper's own
+# session. A whole
 # group is signalled because some of it may have wiped its environment (and kernels before 2.6.24 show only its first
 # page); a group in which one carries the nonce cannot be anybody else's.
 find_groups() {
@@ -82,7 +83,7 @@ watch() {
             end_everyone
         fi
         if [ "$reason" = wrapper ]; then
-            # What it was just starting when it died may have been on its way out of this session.
+            # What it was just starting when it died may have been on its way out of the wrapper's session.
             nap
             end_everyone
             return
@@ -135,7 +136,8 @@ if [ -n "$stopped" ] && [ -n "$child" ]; then
     [ "$second" = 127 ] || code=$second
 fi
 
-# The watcher and its sleep are this session's last processes besides us, gone before the end is told. The watcher gets
+# The watcher and its sleep are the last processes of the wrapper's session besides us, gone before the end is told.
+# The watcher gets
 # KILL: just forked, it might still catch TERM as we did. Some shells talk about that; the job's output is complete.
 exec 2>/dev/null
 kill -s KILL "$watcher"
