@@ -497,10 +497,6 @@ class Ledger(Protocol):
         """Record a change of a staged directory."""
         ...
 
-    def prune(self, before: datetime) -> None:
-        """Forget the bytes of mails that reached everybody before this time; what became of them stays on record."""
-        ...
-
     def newest_time(self) -> datetime | None:
         """Return the newest time that any record bears."""
         ...

@@ -225,6 +225,13 @@ def tell_service_manager(*lines: str) -> None:
     notify(*lines)
 
 
+def ask_for_time(seconds: float) -> None:
+    """Ask systemd, if it started us, for so much more time until we are ready."""
+    from stagecal.adapters.service_notify import extend_timeout, notify
+
+    notify(extend_timeout(seconds))
+
+
 def watchdog_interval_s() -> float | None:
     """Return how often systemd wants to hear from us, None if it does not."""
     from stagecal.adapters import service_notify

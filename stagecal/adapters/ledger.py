@@ -499,14 +499,6 @@ class SqliteLedger:
             request = None
         self._write_sidecar(staging, request)
 
-    def prune(self, before: datetime) -> None:
-        with self._transaction() as database:
-            database.execute(
-                "UPDATE mails SET message = x'' WHERE created_at < ? AND message <> x'' "
-                "AND id NOT IN (SELECT mail FROM recipients WHERE state = 'pending')",
-                (_to_column(before),),
-            )
-
     def _write_sidecar(self, staging: Staging, request: Request | None) -> None:
         """Repeat what decides about deletion in a file of its own, replaced atomically."""
         with self._lock, self._errors():

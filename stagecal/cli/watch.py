@@ -90,7 +90,7 @@ def _daemon(config: Config, site: Site, lease: Lease) -> _Daemon:
         from stagecal.casa_worker import ensure_casa_worker
 
         # The first start may download it, which takes longer than a service may take to start.
-        wiring.tell_service_manager("EXTEND_TIMEOUT_USEC=1800000000")
+        wiring.ask_for_time(1800)
         ensure_casa_worker(config.restore.casa_worker, progress=sys.stderr)
     wake = threading.Event()
     executor = ThreadPoolExecutor(max_workers=_THREADS, thread_name_prefix="step")

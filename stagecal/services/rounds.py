@@ -66,7 +66,8 @@ class Rounds:
         # A mail server may keep us waiting for minutes: nobody else waits with us.
         moved |= self._do(_MAILS, self._send)
         self.in_flight = {key: future for key, future in self.in_flight.items() if not future.done()}
-        times = [next_at, self.next_mail_at]
+        # While mails are on their way their time is past, and nothing is to be done about them.
+        times = [next_at, None if _MAILS in self.in_flight else self.next_mail_at]
         for request in self.site.ledger.open_requests():
             if _rests(request) or request.id in self.in_flight:
                 continue
@@ -125,7 +126,7 @@ class Rounds:
         now = self.site.clock.now()
         try:
             self.next_mail_at = deliver_due(self.site, now)
-        except TransientError as trouble:
+        except (TransientError, FatalError) as trouble:
             log.warning("mails have to wait: %s", trouble)
             self.next_mail_at = now + timedelta(minutes=1)
         return False

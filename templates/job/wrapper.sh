@@ -40,10 +40,9 @@ nap() {
     sleep 0.2 2>/dev/null || sleep 1
 }
 
-# Sets `groups` to the process groups of all that carries the job's nonce, wherever it went, but the wrapper's own
-# session. A whole
-# group is signalled because some of it may have wiped its environment (and kernels before 2.6.24 show only its first
-# page); a group in which one carries the nonce cannot be anybody else's.
+# Sets `groups` to the process groups of all that carries the job's nonce, wherever it went, but those of the wrapper's
+# own session. A whole group is signalled because some of it may have wiped its environment (and kernels before 2.6.24
+# show only its first page); a group in which one carries the nonce cannot be anybody else's.
 find_groups() {
     groups=
     for path in $(grep -lzxF "STAGECAL_NONCE=$STAGECAL_NONCE" /proc/[0-9]*/environ 2>/dev/null); do
@@ -137,8 +136,8 @@ if [ -n "$stopped" ] && [ -n "$child" ]; then
 fi
 
 # The watcher and its sleep are the last processes of the wrapper's session besides us, gone before the end is told.
-# The watcher gets
-# KILL: just forked, it might still catch TERM as we did. Some shells talk about that; the job's output is complete.
+# The watcher gets KILL: just forked, it might still catch TERM as we did. Some shells talk about that; the job's output
+# is complete.
 exec 2>/dev/null
 kill -s KILL "$watcher"
 kill -s TERM -- "-$$"

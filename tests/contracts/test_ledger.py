@@ -301,21 +301,6 @@ def test_the_state_is_kept_per_recipient(ledger: SqliteLedger) -> None:
     assert [one.id for one in ledger.unsent_mails()] == [mail.id + 1]
 
 
-def test_only_mails_that_are_old_and_sent_lose_their_text(ledger: SqliteLedger) -> None:
-    for number, sent in ((1, True), (2, False)):
-        ledger.enqueue("", [a_mail(number, ())], NOW)
-        if sent:
-            mail = ledger.mail(a_mail(number).message_id)
-            assert mail is not None
-            ledger.update_recipients(mail.id, [replace(mail.recipients[0], state=RecipientState.ACCEPTED)])
-    ledger.prune(NOW)
-    assert [ledger.mail(a_mail(number).message_id).message == b"" for number in (1, 2)] == [False, False]
-    ledger.prune(NOW + timedelta(seconds=1))
-    assert [ledger.mail(a_mail(number).message_id).message == b"" for number in (1, 2)] == [True, False]
-    ledger.enqueue("", [a_mail(1, ())], NOW)
-    assert len(ledger.unsent_mails()) == 1, "its Message-ID is still known"
-
-
 # --- staged data ---------------------------------------------------------------------------------------------------
 
 
