@@ -60,6 +60,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _stage(options: argparse.Namespace) -> int:
+    import logging
+
     from stagecal import wiring
     from stagecal.domain.identifiers import parse_address, parse_calfields, parse_project, parse_ticket, parse_uid
     from stagecal.ports import UsageError
@@ -70,6 +72,8 @@ def _stage(options: argparse.Namespace) -> int:
     calfields = parse_calfields(options.calfields) if options.mark else ()
     # Without --user nobody's entitlement is checked; an empty address is a slip that must never mean the same.
     email = parse_address(options.user) if options.user is not None else ""
+    # The operator's terminal shows the staging; what the service logs beside it would only break the known lines.
+    logging.getLogger("stagecal").addHandler(logging.NullHandler())
     config = load(options)
     only_the_service(config.state.directory)
     site = wiring.site(config)
