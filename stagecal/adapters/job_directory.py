@@ -116,6 +116,10 @@ def status_of(seen: Sighting, *, patience_s: float) -> JobStatus:
         return JobStatus(JobState.EXITED, seen.exit_code)
     if seen.wrapper_alive:
         return JobStatus(JobState.RUNNING, detail=f"is being ended: {reason}" if reason else "")
+    if seen.locked and seen.ended and not seen.wrapper:
+        # The end was ruled before a wrapper told its process: what still carries the nonce is a wrapper that comes
+        # too late, finds the lock taken, and leaves.
+        return JobStatus(JobState.LOST, detail=reason)
     if seen.survivors:
         doing = "without its wrapper" if seen.wrapper else "starting"
         return JobStatus(JobState.RUNNING, detail=f"{doing}, {seen.survivors} process(es) alive")
@@ -127,8 +131,8 @@ def status_of(seen: Sighting, *, patience_s: float) -> JobStatus:
         return JobStatus(JobState.LOST, detail=f"process {seen.wrapper.pid} is gone and left no exit status")
     if not seen.exists:
         return JobStatus(JobState.NOT_STARTED, detail="there is no job directory")
-    if seen.locked and (seen.ended or seen.launched is None):
-        return JobStatus(JobState.LOST, detail=reason or REASONS["unstarted"])
+    if seen.locked and seen.launched is None:
+        return JobStatus(JobState.LOST, detail=REASONS["unstarted"])
     if seen.launched is None:
         return JobStatus(JobState.NOT_STARTED)
     if seen.locked and is_overdue(seen, patience_s=patience_s):

@@ -36,6 +36,7 @@ _WAITING_MAY_HELP = frozenset(
         errno.EMFILE,
         errno.ENFILE,
         errno.EINTR,
+        errno.ENOTEMPTY,
     }
 )
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC

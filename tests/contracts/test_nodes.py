@@ -566,6 +566,20 @@ def test_clean_removes_an_ended_job_and_what_is_gone_is_fine(jobs: Jobs) -> None
     jobs.nodes.clean(jobs.handle())
 
 
+def test_a_wrapper_that_comes_too_late_keeps_no_closed_job_alive(jobs: Jobs) -> None:
+    job = jobs.prepared("true")
+    jobs.nodes.cancel(job)
+    late = subprocess.Popen(["sleep", "300"], env={**os.environ, "STAGECAL_NONCE": job.nonce})
+    try:
+        until(lambda: late.pid in carriers(job.nonce), "the late process")
+        assert jobs.nodes.poll(job) == JobStatus(JobState.LOST, detail="it was cancelled")
+        jobs.nodes.clean(job)
+        assert not jobs.nodes.directory(job).exists()
+    finally:
+        late.kill()
+        late.wait()
+
+
 def test_clean_never_follows_a_link(jobs: Jobs, tmp_path: Path) -> None:
     precious = tmp_path / "precious"
     precious.mkdir()
