@@ -122,6 +122,7 @@ INSERT INTO OBS_UNIT_SET_STATUS (STATUS_ENTITY_ID, DOMAIN_ENTITY_ID, DOMAIN_ENTI
     ('uid://A001/X1296/X675', 'X1804720385', 'Delivered', 'uid://A001/X1296/X674', 'uid://A001/X1220/X8c5', 'uid://A001/X1220/X8c1', '<?xml version="1.0" encoding="UTF-8"?>
 <ouss:OUSStatus xmlns:val="Alma/ValueTypes" xmlns:ouss="Alma/Scheduling/OUSStatus" xmlns:ps="Alma/Scheduling/ProjectStatus" schemaVersion="13" almatype="APDM::OUSStatus">
   <ps:Status State="Delivered"/>
+  <ps:TimeOfUpdate>2018-06-27 11:02:45.310</ps:TimeOfUpdate>
   <ps:ContainingObsUnitSetRef entityId="uid://A001/X1296/X674" entityTypeName="OUSStatus" documentVersion="1"/>
   <ps:ProjectStatusRef entityId="uid://A001/X1220/X8c5" entityTypeName="ProjectStatus" documentVersion="1"/>
   <ouss:OUSStatusEntity entityId="uid://A001/X1296/X675" entityTypeName="OUSStatus" schemaVersion="13"/>
@@ -142,6 +143,7 @@ INSERT INTO OBS_UNIT_SET_STATUS (STATUS_ENTITY_ID, DOMAIN_ENTITY_ID, DOMAIN_ENTI
     ('uid://A001/X133d/X3cf3', 'X1306277114', 'Delivered', 'uid://A001/X133d/X3cf2', 'uid://A001/X12f5/X19f', 'uid://A001/X12f5/X19b', '<?xml version="1.0" encoding="UTF-8"?>
 <ouss:OUSStatus xmlns:val="Alma/ValueTypes" xmlns:ouss="Alma/Scheduling/OUSStatus" xmlns:ps="Alma/Scheduling/ProjectStatus" schemaVersion="13" almatype="APDM::OUSStatus">
   <ps:Status State="Delivered"/>
+  <ps:TimeOfUpdate>2018-12-10 09:41:17.006</ps:TimeOfUpdate>
   <ps:ContainingObsUnitSetRef entityId="uid://A001/X133d/X3cf2" entityTypeName="OUSStatus" documentVersion="1"/>
   <ps:ProjectStatusRef entityId="uid://A001/X12f5/X19f" entityTypeName="ProjectStatus" documentVersion="1"/>
   <ouss:OUSStatusEntity entityId="uid://A001/X133d/X3cf3" entityTypeName="OUSStatus" schemaVersion="13"/>
@@ -162,6 +164,7 @@ INSERT INTO OBS_UNIT_SET_STATUS (STATUS_ENTITY_ID, DOMAIN_ENTITY_ID, DOMAIN_ENTI
     ('uid://A001/X159a/X6b', 'X517038842', 'Delivered', 'uid://A001/X159a/X6a', 'uid://A001/X1528/Xa25', 'uid://A001/X1528/Xa21', '<?xml version="1.0" encoding="UTF-8"?>
 <ouss:OUSStatus xmlns:val="Alma/ValueTypes" xmlns:ouss="Alma/Scheduling/OUSStatus" xmlns:ps="Alma/Scheduling/ProjectStatus" schemaVersion="13" almatype="APDM::OUSStatus">
   <ps:Status State="Delivered"/>
+  <ps:TimeOfUpdate>2022-02-20 15:20:08.774</ps:TimeOfUpdate>
   <ps:ContainingObsUnitSetRef entityId="uid://A001/X159a/X6a" entityTypeName="OUSStatus" documentVersion="1"/>
   <ps:ProjectStatusRef entityId="uid://A001/X1528/Xa25" entityTypeName="ProjectStatus" documentVersion="1"/>
   <ouss:OUSStatusEntity entityId="uid://A001/X159a/X6b" entityTypeName="OUSStatus" schemaVersion="13"/>
@@ -245,6 +248,7 @@ INSERT INTO OBS_UNIT_SET_STATUS (STATUS_ENTITY_ID, DOMAIN_ENTITY_ID, DOMAIN_ENTI
     ('uid://A001/X1284/X266', 'X376901524', 'Delivered', 'uid://A001/X1284/X265', 'uid://A001/X1220/X2bb', 'uid://A001/X1220/X2b7', '<?xml version="1.0" encoding="UTF-8"?>
 <ouss:OUSStatus xmlns:val="Alma/ValueTypes" xmlns:ouss="Alma/Scheduling/OUSStatus" xmlns:ps="Alma/Scheduling/ProjectStatus" schemaVersion="13" almatype="APDM::OUSStatus">
   <ps:Status State="Delivered"/>
+  <ps:TimeOfUpdate>2017-12-01 08:12:55.120</ps:TimeOfUpdate>
   <ps:ContainingObsUnitSetRef entityId="uid://A001/X1284/X265" entityTypeName="OUSStatus" documentVersion="1"/>
   <ps:ProjectStatusRef entityId="uid://A001/X1220/X2bb" entityTypeName="ProjectStatus" documentVersion="1"/>
   <ouss:OUSStatusEntity entityId="uid://A001/X1284/X266" entityTypeName="OUSStatus" schemaVersion="13"/>

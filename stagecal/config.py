@@ -121,10 +121,8 @@ def _number(high: float, *, zero: bool = False) -> _Reader:
     return read
 
 
-def _choice(*words: str, later: tuple[str, ...] = ()) -> _Reader:
+def _choice(*words: str) -> _Reader:
     def read(value: object, place: _Place) -> str:
-        if isinstance(value, str) and value in later:
-            raise _FaultError(f'"{value}" is not available in this version: use {_alternatives(words)}')
         if not isinstance(value, str) or value not in words:
             raise _FaultError(f"must be {_alternatives(words)}, not {_shown(value)}")
         return value
@@ -214,6 +212,13 @@ def _each(read_one: _Reader) -> _Reader:
     return read
 
 
+def _option(value: object, place: _Place) -> str:
+    option = _text(value, place)
+    if not option.startswith("--"):
+        raise _FaultError(f'must be written as "--name=value", not {_shown(option)}')
+    return option
+
+
 def _arguments(value: object, place: _Place) -> tuple[str, ...]:
     arguments: tuple[str, ...] = _each(_text)(value, place)
     if not arguments:
@@ -295,7 +300,7 @@ class NodeConfig:
 class Cluster:
     """Where jobs run, and how many of them."""
 
-    runner: str = field(default="local", metadata=_read_by(_choice("local", later=("ssh", "slurm"))))
+    runner: str = field(default="local", metadata=_read_by(_choice("local", "ssh", "slurm")))
     max_jobs: int = field(default=2, metadata=_read_by(_whole(1, 1000)))
     work_area: Path = field(metadata=_read_by(_path))
     shared_work_area: bool = field(default=True, metadata=_read_by(_flag))
@@ -305,7 +310,11 @@ class Cluster:
     ssh_key: Path | None = field(default=None, metadata=_read_by(_path))
     known_hosts: Path | None = field(default=None, metadata=_read_by(_path))
     timeout_s: float = field(default=5.0, metadata=_read_by(_SECONDS))
+    fetch_area: Path | None = field(default=None, metadata=_read_by(_path))
     submit_host: str | None = field(default=None, metadata=_read_by(_host))
+    submit_port: int = field(default=22, metadata=_read_by(_whole(1, 65535)))
+    submit_user: str | None = field(default=None, metadata=_read_by(_name))
+    sbatch_options: tuple[str, ...] = field(default=(), metadata=_read_by(_each(_option)))
     nodes: tuple[NodeConfig, ...] = field(default=(NodeConfig(name="localhost"),), metadata=_tables_of(NodeConfig))
 
 
@@ -324,13 +333,15 @@ class Restore:
 
     engine: str = field(
         default="auto",
-        metadata=_read_by(_choice("auto", "casatasks", "command", later=("pipeline", "script"))),
+        metadata=_read_by(_choice("auto", "pipeline", "script", "casatasks", "command")),
     )
     command: Path | None = field(default=None, metadata=_read_by(_absolute_path))
     casa_worker: Path | None = field(default=None, metadata=_read_by(_path))
     raw_fetch: tuple[str, ...] | None = field(default=None, metadata=_read_by(_arguments))
     products_fetch: tuple[str, ...] | None = field(default=None, metadata=_read_by(_arguments))
     ngas: str | None = field(default=None, metadata=_read_by(_text))
+    layout: str = field(default="flat", metadata=_read_by(_choice("flat", "production")))
+    disk_factor: float = field(default=14.0, metadata=_read_by(_number(1000)))
     xvfb: bool = field(default=False, metadata=_read_by(_flag))
     casa: tuple[CasaConfig, ...] = field(default=(), metadata=_tables_of(CasaConfig))
 
@@ -408,6 +419,7 @@ class Config:
     locks: Locks
     mail: Mail
     state: State
+    profiles: Mapping[str, Path] = field(default_factory=dict)
 
 
 SECTIONS: Mapping[str, type] = {
@@ -421,8 +433,8 @@ SECTIONS: Mapping[str, type] = {
     "state": State,
 }
 
-# Named configurations (`stagecal restore -P`) are reserved: accepted, and not read by this version.
-_RESERVED = frozenset({"profiles"})
+# Named configurations (`stagecal restore -P NAME`): a name, and the file that it stands for.
+_PROFILES = "profiles"
 
 
 # --- reading ------------------------------------------------------------------------------------------------
@@ -444,7 +456,8 @@ def load_config(path: Path, *, environ: Mapping[str, str]) -> Config:
     """
     document = _document(path)
     place = _Place(path.absolute().parent, environ)
-    faults = _unknown(document, {*SECTIONS, *_RESERVED}, "table ")
+    faults = _unknown(document, {*SECTIONS, _PROFILES}, "table ")
+    profiles = _profiles(document.get(_PROFILES, {}), place, faults)
     read: dict[str, dict[str, Any]] = {}
     for name, kind in SECTIONS.items():
         read[name] = _section(kind, document.get(name, {}), f"[{name}]", place, faults)
@@ -455,7 +468,21 @@ def load_config(path: Path, *, environ: Mapping[str, str]) -> Config:
         raise ConfigError("\n".join(f"{path}: {fault}" for fault in faults))
     if not read["cluster"].get("nodes"):
         read["cluster"].pop("nodes", None)
-    return Config(path=path.absolute(), **{name: kind(**read[name]) for name, kind in SECTIONS.items()})
+    made = {name: kind(**read[name]) for name, kind in SECTIONS.items()}
+    return Config(path=path.absolute(), profiles=profiles, **made)
+
+
+def _profiles(table: object, place: _Place, faults: list[str]) -> dict[str, Path]:
+    if not isinstance(table, dict):
+        faults.append(f"[{_PROFILES}]: must be a table of names and configuration files, not {_shown(table)}")
+        return {}
+    found = {}
+    for name, value in table.items():
+        try:
+            found[_name(name, place)] = _path(value, place)
+        except _FaultError as fault:
+            faults.append(f"[{_PROFILES}] {_shown(name)}: {fault}")
+    return found
 
 
 def _document(path: Path) -> dict[str, Any]:
@@ -534,6 +561,7 @@ def _rules(read: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return [
         *_backend_rules(read["archive"]),
         *_name_rules(read["cluster"], read["restore"]),
+        *_runner_rules(read["cluster"]),
         *_engine_rules(read["restore"]),
         *_mail_rules(read["mail"]),
         *_directory_rules(read),
@@ -556,6 +584,23 @@ def _name_rules(cluster: Mapping[str, Any], restore: Mapping[str, Any]) -> Itera
     if casa is not _REPORTED:
         for version, label in _repeated((entry.version, entry.label) for entry in casa):
             yield f'[restore.casa] version: "{version}" with label "{label}" is given more than once'
+
+
+def _runner_rules(cluster: Mapping[str, Any]) -> Iterator[str]:
+    runner, nodes = cluster.get("runner", "local"), cluster.get("nodes", ())
+    shared = cluster.get("shared_work_area", True)
+    if runner == "local" and nodes is not _REPORTED and len(nodes) > 1:
+        yield '[[cluster.nodes]] names several nodes, but the runner "local" has only this machine: keep one'
+    if runner == "ssh" and not nodes:
+        yield '[[cluster.nodes]] is missing: runner = "ssh" needs the machines that jobs may run on'
+    if runner == "ssh" or (runner == "slurm" and "submit_host" in cluster):
+        for key in ("ssh_key", "known_hosts"):
+            if key not in cluster:
+                yield f"[cluster] {key}: is missing, and machines are reached by SSH: it is never guessed"
+    if runner == "ssh" and shared is False and "fetch_area" not in cluster:
+        yield "[cluster] fetch_area: is missing, and shared_work_area = false needs a place for what nodes made"
+    if runner != "ssh" and shared is False:
+        yield f'[cluster] shared_work_area: must be true with runner = "{runner}"'
 
 
 def _repeated(entries: Iterator[Any]) -> list[Any]:

@@ -5,7 +5,7 @@ An adapter implements one of these protocols; one contract suite per protocol (t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from stagecal.domain.archive_facts import MousFacts
 from stagecal.domain.records import NewMail, OutboxMail, ProductFile, Recipient, RecordedStep, Step
 from stagecal.domain.requests import Request, State
+from stagecal.domain.restore.facts import RestoreFacts
 from stagecal.domain.retention import Staging
 
 
@@ -48,6 +49,18 @@ class Archive(Protocol):
         Raises TransientError if the archive cannot be asked now, FatalError if it answers what cannot be
         (wrong credentials, a missing table, two projects for one MOUS, a date that is none).
         """
+        ...
+
+    def restore_facts(self, mous: str) -> RestoreFacts | None:
+        """Given a MOUS UID, return what the planning of its restore needs, or None; raises as `facts`."""
+        ...
+
+    def mous_of(self, execution_block: str) -> Sequence[str]:
+        """Given the UID of an execution block, return the MOUSs it belongs to (usually one); raises as `facts`."""
+        ...
+
+    def delivered_since(self, since: datetime) -> Sequence[str]:
+        """Return the delivered MOUSs that changed at or after this time, the oldest first; raises as `facts`."""
         ...
 
 
@@ -125,7 +138,16 @@ class Nodes(Protocol):
         ...
 
     def directory(self, job: JobHandle) -> Path:
-        """Return where the job directory is seen on this machine, for collecting its products."""
+        """Return the job directory's path on its node; on this machine too, where the work area is shared."""
+        ...
+
+    def fetch(self, job: JobHandle, tell: Callable[[int, int], None]) -> Path:
+        """Bring the results of a job that ended (products/, auxiliary/, report.json) to where this machine reads them.
+
+        Returns that directory: the job directory itself where the work area is shared. `tell` hears now and then how
+        many bytes of how many are here. What was fetched before a broken attempt is used; sizes and digests are
+        compared end to end.
+        """
         ...
 
     def cancel(self, job: JobHandle) -> None:
@@ -136,7 +158,7 @@ class Nodes(Protocol):
         ...
 
     def clean(self, job: JobHandle) -> None:
-        """Remove the job directory of a job that is not alive. Removing what is gone is fine."""
+        """Remove the job directory of a job that is not alive, and what was fetched of it. What is gone is fine."""
         ...
 
 

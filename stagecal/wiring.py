@@ -112,10 +112,6 @@ def nodes(config: Config) -> Nodes:
     """Return the nodes by the `[cluster]` section."""
     from stagecal.adapters.nodes_local import LocalNodes
 
-    if len(config.cluster.nodes) > 1:
-        raise UsageError(
-            '[[cluster.nodes]] names several nodes, but the runner "local" has only this machine: keep one'
-        )
     node = config.cluster.nodes[0]
     wrapper = resource("templates", "job", "wrapper.sh").read_bytes()
     return LocalNodes(config.cluster.work_area, node.name, node.labels, wrapper)

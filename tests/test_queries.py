@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import pytest
 
 import stagecal
-from stagecal.adapters.archive_queries import COLUMNS, load_queries
+from stagecal.adapters.archive_queries import COLUMNS, bind_of, load_queries
 from stagecal.ports import UsageError
 
 ETC = Path(stagecal.__file__).parents[1] / "etc"
@@ -21,6 +21,8 @@ FORBIDDEN = (
     r"DUAL|ROWNUM|SYSDATE|SYSTIMESTAMP|CURRENT_DATE|CURRENT_TIMESTAMP|NVL|DECODE|LISTAGG|XMLTYPE|EXTRACTVALUE|MINUS|"
     r"LIMIT|FETCH|TO_DATE|TO_CHAR|DATE\s*'|DATETIME|STRFTIME|IFNULL|GROUP_CONCAT|LIKE|GLOB|INSERT|UPDATE|DELETE|MERGE"
 )
+VALUES = {"mous_uid": "uid://A001/X12a3/X80e", "eb_uid": "uid://A002/Xcf92df/X3453", "since": "2018-01-01T00:00:00"}
+
 # Oracle refuses these as names of binds.
 RESERVED = {"uid", "date", "user", "number", "level", "mode", "size", "start"}
 
@@ -48,7 +50,7 @@ def test_every_query_has_a_file_and_every_file_is_a_query() -> None:
 def test_query_says_what_it_answers_takes_and_returns(path: Path) -> None:
     comment = path.read_text(encoding="utf-8").partition("\nSELECT")[0]
     assert all(line.startswith("--") for line in comment.splitlines())
-    for word in ("Answers:", "Bind:    :mous_uid", "Columns:", "Rows:"):
+    for word in ("Answers:", f"Bind:    :{bind_of(path.stem)}", "Columns:", "Rows:"):
         assert word in comment
     for column in COLUMNS[path.stem]:
         assert column.upper() in comment
@@ -73,7 +75,8 @@ def test_query_names_its_tables_in_the_schema_of_the_archive(path: Path) -> None
 
 @pytest.mark.parametrize("path", QUERY_FILES, ids=lambda path: path.name)
 def test_query_runs_with_its_one_bind_and_returns_the_promised_columns(path: Path, archive: sqlite3.Connection) -> None:
-    cursor = archive.execute(path.read_text(encoding="utf-8"), {"mous_uid": "uid://A001/X12a3/X80e"})
+    bind = {bind_of(path.stem): VALUES[bind_of(path.stem)]}
+    cursor = archive.execute(path.read_text(encoding="utf-8"), bind)
     assert tuple(column[0].lower() for column in cursor.description) == COLUMNS[path.stem]
     assert cursor.fetchall()
     with pytest.raises(sqlite3.ProgrammingError):
@@ -85,7 +88,7 @@ def test_loaded_queries_answer_as_their_files_do(archive: sqlite3.Connection) ->
     assert set(queries) == set(COLUMNS)
     for name, query in queries.items():
         assert "--" not in query
-        bind = {"mous_uid": "uid://A001/X12a3/X80e"}
+        bind = {bind_of(name): VALUES[bind_of(name)]}
         text = (ETC / "queries" / f"{name}.sql").read_text(encoding="utf-8")
         assert archive.execute(query, bind).fetchall() == archive.execute(text, bind).fetchall()
 

@@ -19,8 +19,19 @@ from pathlib import Path
 from typing import Any
 
 import stagecal
-from stagecal.adapters.archive_queries import BIND, ROW_LIMIT, Rows, facts_from_rows
+from stagecal.adapters.archive_queries import (
+    JUDGEMENT,
+    RESTORE,
+    Rows,
+    bind_of,
+    delivered_from_rows,
+    facts_from_rows,
+    limit_of,
+    mous_of_from_rows,
+    restore_facts_from_rows,
+)
 from stagecal.domain.archive_facts import MousFacts
+from stagecal.domain.restore.facts import RestoreFacts
 from stagecal.ports import FatalError, TransientError
 
 _WORKER = "stagecal.adapters.oracle_worker"
@@ -52,6 +63,22 @@ class OracleArchive:
 
     def facts(self, mous: str) -> MousFacts | None:
         """Given a MOUS UID, return its facts or None, as the Archive port promises."""
+        return facts_from_rows(mous, self._ask(JUDGEMENT, mous))
+
+    def restore_facts(self, mous: str) -> RestoreFacts | None:
+        """Given a MOUS UID, return what its restore needs or None, as the Archive port promises."""
+        return restore_facts_from_rows(mous, self._ask(RESTORE, mous))
+
+    def mous_of(self, execution_block: str) -> Sequence[str]:
+        """Given the UID of an EB, return its MOUSs, as the Archive port promises."""
+        return mous_of_from_rows(self._ask(("mous_of",), execution_block))
+
+    def delivered_since(self, since: datetime) -> Sequence[str]:
+        """Given a time, return the MOUSs delivered since then, as the Archive port promises."""
+        return delivered_from_rows(self._ask(("delivered",), f"{since:%Y-%m-%dT%H:%M:%S}"), since)
+
+    def _ask(self, names: Sequence[str], value: str) -> Mapping[str, Rows]:
+        """Return the answers to these queries, all with this value for their one bind."""
         settings = self.settings
         job = {
             "dsn": settings.dsn,
@@ -60,12 +87,11 @@ class OracleArchive:
             "password_group": settings.password_group,
             "thick": settings.thick,
             "timeout_s": settings.timeout_s,
-            "queries": dict(self.queries),
-            "binds": {BIND: mous},
-            "row_limit": ROW_LIMIT,
+            "queries": {name: self.queries[name] for name in names},
+            "binds": {bind_of(name): value for name in names},
+            "row_limit": max(limit_of(name) for name in names),
         }
-        reply = self._reply(_run_worker(json.dumps(job), settings.timeout_s))
-        return facts_from_rows(mous, reply)
+        return self._reply(_run_worker(json.dumps(job), settings.timeout_s))
 
     def _reply(self, ended: subprocess.CompletedProcess[bytes] | None) -> Mapping[str, Rows]:
         place = f"the archive {self.settings.dsn}"

@@ -1,8 +1,8 @@
 """The archive's questions, as SQL files, and what their answers mean: the part that all archive adapters share.
 
-`load_queries` raises UsageError for a file that a site cannot have meant. `facts_from_rows` is pure and answers None
-only if the archive plainly knows no such MOUS; whatever is odd in an answer is a FatalError, because only a
-successful query may refuse a person.
+`load_queries` raises UsageError for a file that a site cannot have meant. The functions that read answers are pure, and
+answer None only if the archive plainly knows no such thing; whatever is odd in an answer is a FatalError, because only
+a successful query may refuse a person.
 """
 
 from __future__ import annotations
@@ -15,13 +15,26 @@ from pathlib import Path
 
 from stagecal.domain.archive_facts import EntitledPerson, ExecutionBlock, MousFacts
 from stagecal.domain.identifiers import Malformed, parse_uid
+from stagecal.domain.restore.facts import ArchivedFile, RestoreFacts, SchedBlock
 from stagecal.ports import FatalError, UsageError
 
 BIND = "mous_uid"
-"""The only bind of every query: the UID of the MOUS, as uid://A001/X12a3/X80e."""
+"""The only bind of a query about a MOUS: its UID, as uid://A001/X12a3/X80e."""
+
+OTHER_BINDS: Mapping[str, str] = {"mous_of": "eb_uid", "delivered": "since"}
+"""The only bind of the queries that are not about one MOUS."""
 
 ROW_LIMIT = 10_000
 """More rows than this for one MOUS are a query that forgot its bind, not an answer."""
+
+LIST_LIMIT = 1_000_000
+"""More rows than this are no list of MOUSs."""
+
+JUDGEMENT = ("mous", "entitled", "release", "execution_blocks", "products")
+"""What is asked to judge a request: all in one snapshot."""
+
+RESTORE = ("unit", "execution_blocks", "sched_blocks", "files", "status_document")
+"""What is asked to plan a restore: all in one snapshot."""
 
 COLUMNS: Mapping[str, tuple[str, ...]] = {
     "mous": ("project_code", "domain_entity_state"),
@@ -29,6 +42,12 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
     "release": ("release_date",),
     "execution_blocks": ("execblockuid", "qa0status"),
     "products": ("ngas_file_id",),
+    "unit": ("project_code", "project_uid", "part_id", "project_status_uid", "gous_uid", "sous_uid"),
+    "status_document": ("xml",),
+    "sched_blocks": ("schedblock_uid", "status_uid", "state", "execblockuid"),
+    "files": ("ngas_file_id", "file_class"),
+    "mous_of": ("mous_status_uid",),
+    "delivered": ("status_entity_id", "updated"),
 }
 """Each query, and the columns that its answer must have (in any case); `products` may add `version`."""
 
@@ -38,6 +57,7 @@ _COMMENT_OR_LITERAL = re.compile(
 )
 _LITERAL = re.compile(r"""'(?:[^']|'')*'|"[^"]*\"""")
 _NAMED_BIND = re.compile(r":(\w+)")
+_TIME_OF_UPDATE = re.compile(r"<(?:\w+:)?TimeOfUpdate>([^<]*)</")
 
 
 @dataclass(frozen=True)
@@ -55,7 +75,7 @@ def load_queries(default_directory: Path, override: Path | None = None) -> Mappi
     """Given the directory of our queries and that of a site's own ones, return name -> SQL without comments.
 
     A site overrides single files. Raises UsageError if a file cannot be read, is not one of our queries (a misspelt
-    name would silently change nothing), or is not one SELECT whose only bind is :mous_uid.
+    name would silently change nothing), or is not one SELECT whose only bind is the one it is asked with.
     """
     paths = {name: default_directory / f"{name}.sql" for name in COLUMNS}
     if override is not None:
@@ -96,10 +116,21 @@ def _statement(path: Path) -> str:
         raise UsageError(f"the query {path} is not a SELECT: it must read, and nothing else")
     if ";" in code:
         raise UsageError(f"the query {path} has a semicolon, which Oracle refuses: remove it")
-    if set(_NAMED_BIND.findall(code)) != {BIND} or "?" in code:
+    bind = bind_of(path.stem)
+    if set(_NAMED_BIND.findall(code)) != {bind} or "?" in code:
         # A query that forgets its bind would answer for every MOUS at once, and might entitle everybody.
-        raise UsageError(f"the query {path} must use the bind :{BIND}, and no other")
+        raise UsageError(f"the query {path} must use the bind :{bind}, and no other")
     return statement
+
+
+def bind_of(query: str) -> str:
+    """Return the name of a query's only bind."""
+    return OTHER_BINDS.get(query, BIND)
+
+
+def limit_of(query: str) -> int:
+    """Return how many rows an answer may have at most."""
+    return LIST_LIMIT if query == "delivered" else ROW_LIMIT
 
 
 # --- the answers ---------------------------------------------------------------------------------------------------
@@ -111,7 +142,7 @@ def facts_from_rows(mous: str, rows_by_query: Mapping[str, Rows]) -> MousFacts |
     Raises FatalError, naming query and column, for NULLs, values of a wrong type, missing columns, contradictions
     (two projects or states for one MOUS, two QA0 results for one EB), and dates that are none.
     """
-    records = {name: _records(name, rows_by_query[name]) for name in COLUMNS}
+    records = {name: _records(name, rows_by_query[name]) for name in JUDGEMENT}
     if not records["mous"]:
         return None
     found = sorted(_pairs("mous", records["mous"]))
@@ -133,6 +164,85 @@ def facts_from_rows(mous: str, rows_by_query: Mapping[str, Rows]) -> MousFacts |
         execution_blocks=_execution_blocks(mous, records["execution_blocks"]),
         products=tuple(sorted({_product(row) for row in records["products"]})),
     )
+
+
+def restore_facts_from_rows(mous: str, rows_by_query: Mapping[str, Rows]) -> RestoreFacts | None:
+    """Given the answers to the queries of RESTORE, return what a restore needs to know, or None if there is no such MOUS.
+
+    Raises FatalError as `facts_from_rows` does. What may be unknown (the units above, the document) is '' then.
+    """
+    records = {name: _records(name, rows_by_query[name]) for name in RESTORE}
+    units = sorted(
+        {tuple(_text_or_empty("unit", row, column) for column in COLUMNS["unit"]) for row in records["unit"]}
+    )
+    if not units:
+        return None
+    if len(units) > 1:
+        raise FatalError(f"the archive query unit gives {len(units)} different rows for {mous}: correct it")
+    [(project, project_uid, part_id, project_status_uid, gous_uid, sous_uid)] = units
+    if not project:
+        raise _odd("unit", "project_code", "NULL")
+    documents = {row["xml"] for row in records["status_document"]} - {None}
+    if len(documents) > 1:
+        raise FatalError(f"the archive query status_document gives {len(documents)} documents for {mous}: correct it")
+    document = documents.pop() if documents else ""
+    if not isinstance(document, str):
+        raise _odd("status_document", "xml", f"a value of type {type(document).__name__} instead of text")
+    files = {
+        ArchivedFile(_text("files", row, "ngas_file_id"), _text("files", row, "file_class")) for row in records["files"]
+    }
+    return RestoreFacts(
+        mous=mous,
+        project=project,
+        project_uid=project_uid,
+        part_id=part_id,
+        project_status_uid=project_status_uid,
+        sous_uid=sous_uid,
+        gous_uid=gous_uid,
+        execution_blocks=_execution_blocks(mous, records["execution_blocks"]),
+        sched_blocks=_sched_blocks(records["sched_blocks"]),
+        files=tuple(sorted(files, key=lambda file: (file.name, file.file_class))),
+        status_xml=document,
+    )
+
+
+def _sched_blocks(records: Iterable[Mapping[str, object]]) -> tuple[SchedBlock, ...]:
+    found: dict[tuple[str, str, str], set[str]] = {}
+    for row in records:
+        key = (
+            _text("sched_blocks", row, "schedblock_uid"),
+            _text_or_empty("sched_blocks", row, "status_uid"),
+            _text_or_empty("sched_blocks", row, "state"),
+        )
+        blocks = found.setdefault(key, set())
+        if row["execblockuid"] is not None:
+            blocks.add(_text("sched_blocks", row, "execblockuid"))
+    return tuple(SchedBlock(*key, tuple(sorted(blocks))) for key, blocks in sorted(found.items()))
+
+
+def mous_of_from_rows(rows_by_query: Mapping[str, Rows]) -> tuple[str, ...]:
+    """Return the MOUSs that an execution block belongs to: usually one, none if the archive does not know it."""
+    rows = _records("mous_of", rows_by_query["mous_of"])
+    return tuple(sorted({_text("mous_of", row, "mous_status_uid") for row in rows}))
+
+
+def delivered_from_rows(rows_by_query: Mapping[str, Rows], since: datetime) -> tuple[str, ...]:
+    """Return the MOUSs that are delivered and were changed at or after `since`, sorted by that time.
+
+    One whose time the archive does not tell is not among them.
+    """
+    found = []
+    for row in _records("delivered", rows_by_query["delivered"]):
+        updated = row["updated"]
+        if isinstance(updated, str) and updated.lstrip().startswith("<"):
+            match = _TIME_OF_UPDATE.search(updated)
+            if not match:
+                continue
+            updated = match[1].strip()
+        time = _time("delivered", {"updated": updated}, "updated")
+        if time >= since:
+            found.append((time, _text("delivered", row, "status_entity_id")))
+    return tuple(mous for _, mous in sorted(found))
 
 
 def _execution_blocks(mous: str, records: Iterable[Mapping[str, object]]) -> tuple[ExecutionBlock, ...]:
@@ -178,8 +288,8 @@ def _records(query: str, answer: Rows) -> list[Mapping[str, object]]:
                 f"the archive query {query} must return one column {column.upper()}, "
                 f"but it returns {', '.join(answer.columns) or 'none'}: correct the query"
             )
-    if len(answer.rows) > ROW_LIMIT:
-        raise FatalError(f"the archive query {query} returns more than {ROW_LIMIT} rows for one MOUS: correct it")
+    if len(answer.rows) > limit_of(query):
+        raise FatalError(f"the archive query {query} returns more than {limit_of(query)} rows for one MOUS: correct it")
     return [dict(zip(columns, row, strict=True)) for row in answer.rows]
 
 
@@ -199,6 +309,10 @@ def _text(query: str, row: Mapping[str, object], column: str) -> str:
     if not text or not text.isprintable():
         raise _odd(query, column, f"{value[:80]!r} instead of one line of text")
     return text
+
+
+def _text_or_empty(query: str, row: Mapping[str, object], column: str) -> str:
+    return "" if row[column] is None else _text(query, row, column)
 
 
 def _time(query: str, row: Mapping[str, object], column: str) -> datetime:

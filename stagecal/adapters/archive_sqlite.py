@@ -8,13 +8,25 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stagecal.adapters.archive_queries import BIND, ROW_LIMIT, Rows, facts_from_rows
+from stagecal.adapters.archive_queries import (
+    JUDGEMENT,
+    RESTORE,
+    Rows,
+    bind_of,
+    delivered_from_rows,
+    facts_from_rows,
+    limit_of,
+    mous_of_from_rows,
+    restore_facts_from_rows,
+)
 from stagecal.domain.archive_facts import MousFacts
+from stagecal.domain.restore.facts import RestoreFacts
 from stagecal.ports import FatalError, TransientError
 
 if TYPE_CHECKING:
@@ -33,6 +45,22 @@ class SqliteArchive:
 
     def facts(self, mous: str) -> MousFacts | None:
         """Given a MOUS UID, return its facts or None, as the Archive port promises."""
+        return facts_from_rows(mous, self._ask(JUDGEMENT, mous))
+
+    def restore_facts(self, mous: str) -> RestoreFacts | None:
+        """Given a MOUS UID, return what its restore needs or None, as the Archive port promises."""
+        return restore_facts_from_rows(mous, self._ask(RESTORE, mous))
+
+    def mous_of(self, execution_block: str) -> Sequence[str]:
+        """Given the UID of an EB, return its MOUSs, as the Archive port promises."""
+        return mous_of_from_rows(self._ask(("mous_of",), execution_block))
+
+    def delivered_since(self, since: datetime) -> Sequence[str]:
+        """Given a time, return the MOUSs delivered since then, as the Archive port promises."""
+        return delivered_from_rows(self._ask(("delivered",), f"{since:%Y-%m-%dT%H:%M:%S}"), since)
+
+    def _ask(self, names: Sequence[str], value: str) -> Mapping[str, Rows]:
+        """Return the answers to these queries, all with this value for their bind."""
         import sqlite3
 
         self._refuse_unreadable_file()
@@ -42,15 +70,15 @@ class SqliteArchive:
             try:
                 self._attach(connection)
                 answers = {}
-                for name, query in self.queries.items():
-                    cursor = connection.execute(query, {BIND: mous})
+                for name in names:
+                    cursor = connection.execute(self.queries[name], {bind_of(name): value})
                     columns = tuple(column[0] for column in cursor.description)
-                    answers[name] = Rows(columns, tuple(cursor.fetchmany(ROW_LIMIT + 1)))
+                    answers[name] = Rows(columns, tuple(cursor.fetchmany(limit_of(name) + 1)))
             finally:
                 connection.close()
         except sqlite3.Error as error:
             raise self._translated(error, name) from error
-        return facts_from_rows(mous, answers)
+        return answers
 
     def _attach(self, connection: sqlite3.Connection) -> None:
         """Let ALMA.X name the tables of the file, read only, in one snapshot for all queries."""

@@ -15,7 +15,7 @@ import signal
 import stat
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -149,6 +149,10 @@ class LocalNodes:
         """Return the job directory's path. Raises FatalError if the handle cannot be one of ours."""
         self._check(job)
         return self.work_area / job.work
+
+    def fetch(self, job: JobHandle, tell: Callable[[int, int], None]) -> Path:
+        """Return the job directory: everything is here already."""
+        return self.directory(job)
 
     def cancel(self, job: JobHandle) -> None:
         """Let the wrapper end the job, or, where it is dead, kill what is left of the job; return at once.

@@ -20,6 +20,7 @@ COMMANDS = {
     "withdraw": ("operate", "take a request back"),
     "hold": ("operate", "start no new job until `release`"),
     "release": ("operate", "start jobs again"),
+    "nodes": ("nodes", "every node: reachable, load, labels, our jobs, and whether it would be chosen now"),
     "extend": ("extend", "keep staged data longer"),
     "rebuild": ("rebuild", "make a lost ledger anew"),
     "doctor": ("doctor", "check configuration, directories, archive, nodes and mail"),

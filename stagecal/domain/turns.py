@@ -1,11 +1,14 @@
 """Whose turn it is: which waiting request may start a job now, and who makes what another one waits for.
 
-One queue, first come first served. A request that rests after trouble of its own keeps nobody else waiting; requests
-that need the same products wait for the one that makes them.
+One queue. Every user's requests are served in the order in which they came; between users, the one with fewer jobs
+alive and fewer requests ahead comes first, so that somebody who asks for twenty MOUSs keeps nobody with one waiting.
+Among equals it is first come first served. A request that rests after trouble of its own keeps nobody else waiting;
+requests that need the same products wait for the one that makes them.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -54,6 +57,21 @@ def turns(requests: Iterable[Request], *, max_jobs: int, held: bool, now: dateti
         if maker != request.id:
             makers[request.id] = maker
         elif request.not_before is None or request.not_before <= now:
-            queue.append(request.id)
-    taken = sum(request.holds_slot for request in everybody)
-    return Turns(makers, tuple(queue), 0 if held else max(0, max_jobs - taken))
+            queue.append(request)
+    alive = [request for request in everybody if request.holds_slot]
+    return Turns(makers, _fair_order(queue, alive), 0 if held else max(0, max_jobs - len(alive)))
+
+
+def _fair_order(queue: Iterable[Request], alive: Iterable[Request]) -> tuple[str, ...]:
+    """Return the ids of the queue (given as they came) by how much each user already has before the request."""
+    before = Counter(_user(request) for request in alive)
+    ranked = []
+    for request in queue:
+        ranked.append((before[_user(request)], request.sequence, request.id))
+        before[_user(request)] += 1
+    return tuple(request_id for _, _, request_id in sorted(ranked))
+
+
+def _user(request: Request) -> str:
+    """Return for whom a request is; all that operators stage by hand, without naming a user, counts as one user's."""
+    return request.email.casefold()

@@ -13,7 +13,7 @@ import stat
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ _AUXILIARY = re.compile(
     r"(calapply\.txt|caltables\.tgz|casa_commands\.log|casa_piperestorescript\.py|casa_pipescript\.py|weblog\.tgz"
     r"|flux\.csv|flagtemplate\.txt|PPR[A-Za-z0-9._+-]*\.xml)|casa_commands\.log|flux\.csv|PPR_[A-Za-z0-9._+-]*\.xml)"
 )
+_TELL_EVERY = timedelta(seconds=10)
 _LARGEST_REPORT = 16 * 1024 * 1024
 _ABSOLUTE_PATH = re.compile(r"(?<![A-Za-z0-9_.:/-])/[A-Za-z0-9_.-]")
 
@@ -75,7 +76,7 @@ def collect(site: Site, request: Request, now: datetime) -> Request:
             holds_slot=False,
             terminal=[*terminal.CLEANED, *published_lines(site, request, staging.published_at)],
         )
-    directory = site.nodes.directory(JobHandle(request.node, request.work, request.nonce))
+    request, directory = _brought_here(site, request)
     report = read_report(directory)
     products = directory / "products"
     try:
@@ -125,6 +126,7 @@ def collect(site: Site, request: Request, now: datetime) -> Request:
         files=files,
         absent=absent,
         holds_slot=False,
+        reason="",
         terminal=[
             *terminal.completed(),
             *terminal.copied(sizes, time.monotonic() - started),
@@ -132,6 +134,23 @@ def collect(site: Site, request: Request, now: datetime) -> Request:
             *published_lines(site, request, now),
         ],
     )
+
+
+def _brought_here(site: Site, request: Request) -> tuple[Request, Path]:
+    """Bring the job's results here if they are elsewhere; what is on its way is seen in `status` and on the terminal."""
+    told = site.clock.now()
+
+    def tell(done: int, total: int) -> None:
+        nonlocal request, told
+        now = site.clock.now()
+        if now - told < _TELL_EVERY:
+            return
+        told = now
+        received = f"{done / 1e9:.1f} GB of {total / 1e9:.1f} GB received from {request.node}"
+        request = site.ledger.commit(request, now=now, reason=received, terminal=[f"{received} ..."])
+
+    directory = site.nodes.fetch(JobHandle(request.node, request.work, request.nonce), tell)
+    return request, directory
 
 
 def read_report(directory: Path) -> Mapping[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from contextlib import suppress
 from datetime import datetime, timedelta
+from typing import Any
 
 from stagecal.domain import terminal
 from stagecal.domain.identifiers import sanitized
@@ -267,6 +268,31 @@ def failure_lines(site: Site, request: Request) -> list[str]:
         with suppress(FatalError, TransientError):
             work = str(site.nodes.directory(handle_of(request)))
     return terminal.failed(f"{site.config.staging.root}/{request.token or sanitized(request.mous)}", request.mous, work)
+
+
+def node_overview(site: Site, label: str) -> list[dict[str, Any]]:
+    """Return for each node what one look says, our jobs there, and whether a job with this label would go there."""
+    looks = site.nodes.loads()
+    opinions = explain_choice(
+        looks, label=label, max_load_per_core=site.config.cluster.max_load_per_core, avoid=frozenset()
+    )
+    jobs = [request for request in site.ledger.open_requests() if request.holds_slot]
+    return [
+        {
+            "name": look.name,
+            "reachable": look.load_per_core is not None,
+            "load_per_core": look.load_per_core,
+            "labels": list(look.labels),
+            "jobs": [
+                {"job": job.work, "request": job.id, "mous": job.mous, "state": job.state.value}
+                for job in jobs
+                if job.node == look.name
+            ],
+            "chosen": opinion.chosen,
+            "why": opinion.reason,
+        }
+        for look, opinion in zip(looks, opinions, strict=True)
+    ]
 
 
 def account_on(site: Site, node: str) -> str:

@@ -17,7 +17,17 @@ import pytest
 
 import stagecal
 from stagecal.adapters.archive_embedded import create_embedded_archive
-from stagecal.adapters.archive_queries import COLUMNS, ROW_LIMIT, Rows, facts_from_rows, load_queries
+from stagecal.adapters.archive_queries import (
+    COLUMNS,
+    JUDGEMENT,
+    RESTORE,
+    ROW_LIMIT,
+    Rows,
+    delivered_from_rows,
+    facts_from_rows,
+    load_queries,
+    restore_facts_from_rows,
+)
 from stagecal.adapters.archive_sqlite import SqliteArchive
 from stagecal.domain.archive_facts import EntitledPerson, ExecutionBlock
 from stagecal.domain.verdicts import Verdict, judge
@@ -404,7 +414,7 @@ def test_version_of_a_product_is_part_of_its_identity() -> None:
         facts_from_rows(MAIN, answers(products=Rows(("NGAS_FILE_ID", "VERSION"), (("a", None),))))
 
 
-@pytest.mark.parametrize("query", COLUMNS)
+@pytest.mark.parametrize("query", JUDGEMENT)
 def test_missing_column_is_fatal_even_without_rows(query: str) -> None:
     with pytest.raises(FatalError, match=f"query {query} must return one column"):
         facts_from_rows(MAIN, answers(**{query: Rows(("OTHER",), ())}))
@@ -414,6 +424,92 @@ def test_missing_column_is_fatal_even_without_rows(query: str) -> None:
 def test_release_date_of_a_wrong_type_is_fatal(value: object) -> None:
     with pytest.raises(FatalError, match=r"query release gives a value of type .* in column RELEASE_DATE"):
         facts_from_rows(MAIN, answers(release=Rows(("RELEASE_DATE",), ((value,),))))
+
+
+# --- what a restore needs ------------------------------------------------------------------------------------------
+
+
+def test_restore_facts_hold_all_that_a_ppr_needs(archive: Archive) -> None:
+    facts = archive.restore_facts(MAIN)
+    assert facts is not None
+    assert (facts.project, facts.project_uid, facts.part_id) == (
+        "2017.1.01347.S",
+        "uid://A001/X1221/Xdf8",
+        "X659301709",
+    )
+    assert facts.project_status_uid == "uid://A001/X1221/Xdfc"
+    assert (facts.sous_uid, facts.gous_uid) == ("uid://A001/X12a3/X80c", "uid://A001/X12a3/X80d")
+    assert facts.execution_blocks == (
+        ExecutionBlock("uid://A002/Xce574d/Xa33e", "SemiPass"),
+        ExecutionBlock("uid://A002/Xcf92df/X3453", "Pass"),
+    )
+    [sched_block] = facts.sched_blocks
+    assert (sched_block.uid, sched_block.status_uid) == ("uid://A001/X12a3/X804", "uid://A001/X12a3/X80f")
+    assert sched_block.state == "FullyObserved"
+    assert sched_block.execution_blocks == ("uid://A002/Xce574d/Xa33e", "uid://A002/Xcf92df/X3453")
+    assert facts.status_xml.startswith("<?xml")
+    assert facts.status_xml.count("ExecBlockId>uid") == 2
+    classes = {file.file_class for file in facts.files}
+    assert {"calibration", "script", "science"} <= classes
+
+
+def test_a_mous_that_the_archive_does_not_know_has_no_restore_facts(archive: Archive) -> None:
+    assert archive.restore_facts("uid://A001/X0/X0") is None
+
+
+def test_a_mous_without_document_units_or_sched_blocks_still_has_restore_facts(archive: Archive) -> None:
+    facts = archive.restore_facts("uid://A002/X2a5c2f/X1")
+    assert facts is not None
+    assert (facts.sous_uid, facts.gous_uid, facts.status_xml, facts.sched_blocks) == ("", "", "", ())
+
+
+def test_several_sched_blocks_keep_their_execution_blocks_apart(archive_after: Callable[..., Archive]) -> None:
+    archive = archive_after(
+        "INSERT INTO BMMV_SCHEDBLOCK VALUES ('uid://A001/X12a3/X999', 'uid://A001/X12a3/X80e', NULL, 'other')"
+    )
+    facts = archive.restore_facts(MAIN)
+    assert facts is not None
+    assert [(block.uid, block.status_uid, len(block.execution_blocks)) for block in facts.sched_blocks] == [
+        ("uid://A001/X12a3/X804", "uid://A001/X12a3/X80f", 2),
+        ("uid://A001/X12a3/X999", "", 0),
+    ]
+
+
+def test_two_documents_for_one_mous_are_fatal(archive_after: Callable[..., Archive]) -> None:
+    archive = archive_after(
+        "INSERT INTO OBS_UNIT_SET_STATUS SELECT STATUS_ENTITY_ID, DOMAIN_ENTITY_ID, DOMAIN_ENTITY_STATE, "
+        "PARENT_OBS_UNIT_SET_STATUS_ID, OBS_PROJECT_STATUS_ID, OBS_PROJECT_ID, 'other' FROM OBS_UNIT_SET_STATUS "
+        f"WHERE STATUS_ENTITY_ID = '{MAIN}'"
+    )
+    with pytest.raises(FatalError, match="query status_document gives 2 documents"):
+        archive.restore_facts(MAIN)
+
+
+@pytest.mark.parametrize("query", RESTORE)
+def test_missing_column_of_a_restore_query_is_fatal(query: str) -> None:
+    rows = {name: Rows(COLUMNS[name], ()) for name in RESTORE} | {query: Rows(("OTHER",), ())}
+    with pytest.raises(FatalError, match=f"query {query} must return one column"):
+        restore_facts_from_rows(MAIN, rows)
+
+
+def test_the_mous_of_an_execution_block_is_found(archive: Archive) -> None:
+    assert archive.mous_of("uid://A002/Xce574d/Xa33e") == (MAIN,)
+    assert archive.mous_of("uid://A002/X0/X0") == ()
+
+
+def test_delivered_since_tells_the_oldest_first_and_nothing_older(archive: Archive) -> None:
+    assert archive.delivered_since(datetime(2018, 7, 1, tzinfo=UTC)) == (
+        MAIN,
+        "uid://A001/X133d/X3cf3",
+        "uid://A001/X159a/X6b",
+    )
+    assert archive.delivered_since(datetime(2030, 1, 1, tzinfo=UTC)) == ()
+
+
+def test_a_site_may_tell_the_time_of_delivery_by_a_column() -> None:
+    time = datetime(2020, 1, 1, tzinfo=UTC)
+    rows = Rows(("STATUS_ENTITY_ID", "UPDATED"), (("uid://A001/X1/X2", time), ("uid://A001/X1/X1", "2019-12-31")))
+    assert delivered_from_rows({"delivered": rows}, time) == ("uid://A001/X1/X2",)
 
 
 # --- the surroundings of the SQLite adapter ------------------------------------------------------------------------
