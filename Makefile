@@ -15,7 +15,8 @@ DEMO_ARGS ?=
 TEST_PROCESSES ?= 2
 
 # Programs that tests use as real parts, and the Debian packages that bring them: program:package.
-TEST_PROGRAMS := openssl:openssl curl:curl wget:wget strace:strace systemd-analyze:systemd gcc:gcc bindfs:bindfs
+TEST_PROGRAMS := openssl:openssl curl:curl wget:wget strace:strace systemd-analyze:systemd gcc:gcc bindfs:bindfs \
+    sshd:openssh-server rsync:rsync slurmctld:slurm-wlm munged:munge
 
 SHELL := /bin/sh
 MAKEFLAGS += --no-builtin-rules --no-print-directory
@@ -94,7 +95,7 @@ test-programs:
 	@$(APT); \
 	packages=; \
 	for pair in $(TEST_PROGRAMS); do \
-	    command -v "$${pair%%:*}" >/dev/null || packages="$$packages $${pair#*:}"; \
+	    PATH="$$PATH:/usr/sbin:/sbin" command -v "$${pair%%:*}" >/dev/null || packages="$$packages $${pair#*:}"; \
 	done; \
 	if [ -n "$$packages" ]; then \
 	    if ! { can_install && install_packages $$packages; }; then \

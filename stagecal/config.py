@@ -290,6 +290,7 @@ class NodeConfig:
     user: str | None = field(default=None, metadata=_read_by(_name))
     labels: tuple[str, ...] = field(default=(), metadata=_read_by(_each(_name)))
     transport: str = field(default="paramiko", metadata=_read_by(_choice("paramiko", "openssh")))
+    max_jobs: int | None = field(default=None, metadata=_read_by(_whole(1, 1000)))
 
     def __post_init__(self) -> None:
         if not self.host:
@@ -338,19 +339,18 @@ class Restore:
     command: Path | None = field(default=None, metadata=_read_by(_absolute_path))
     casa_worker: Path | None = field(default=None, metadata=_read_by(_path))
     raw_fetch: tuple[str, ...] | None = field(default=None, metadata=_read_by(_arguments))
+    raw_size: tuple[str, ...] | None = field(default=None, metadata=_read_by(_arguments))
     products_fetch: tuple[str, ...] | None = field(default=None, metadata=_read_by(_arguments))
     ngas: str | None = field(default=None, metadata=_read_by(_text))
     layout: str = field(default="flat", metadata=_read_by(_choice("flat", "production")))
-    disk_factor: float = field(default=14.0, metadata=_read_by(_number(1000)))
+    disk_factor: int = field(default=14, metadata=_read_by(_whole(2, 1000)))
     xvfb: bool = field(default=False, metadata=_read_by(_flag))
     casa: tuple[CasaConfig, ...] = field(default=(), metadata=_tables_of(CasaConfig))
 
     @property
     def chosen_engine(self) -> str:
-        """The engine that "auto" stands for: the site's own command if there is one, else casatasks."""
-        if self.engine != "auto":
-            return self.engine
-        return "command" if self.command else "casatasks"
+        """The site's own command where "auto" finds one; "auto" itself where each MOUS has to be looked at."""
+        return "command" if self.engine == "auto" and self.command else self.engine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -362,7 +362,7 @@ class Staging:
     retention_days: int = field(default=28, metadata=_read_by(_whole(1, 3650)))
     reserve_gb: float = field(default=20.0, metadata=_read_by(_number(1_000_000, zero=True)))
     digest: str = field(default="sha256", metadata=_read_by(_choice("sha256")))
-    scrub_mb_s: float = field(default=20.0, metadata=_read_by(_number(1_000_000)))
+    scrub_mb_s: float = field(default=20.0, metadata=_read_by(_number(1_000_000, zero=True)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -599,8 +599,8 @@ def _runner_rules(cluster: Mapping[str, Any]) -> Iterator[str]:
                 yield f"[cluster] {key}: is missing, and machines are reached by SSH: it is never guessed"
     if runner == "ssh" and shared is False and "fetch_area" not in cluster:
         yield "[cluster] fetch_area: is missing, and shared_work_area = false needs a place for what nodes made"
-    if runner != "ssh" and shared is False:
-        yield f'[cluster] shared_work_area: must be true with runner = "{runner}"'
+    if runner == "slurm" and shared is False:
+        yield '[cluster] shared_work_area: must be true with runner = "slurm"'
 
 
 def _repeated(entries: Iterator[Any]) -> list[Any]:

@@ -5,7 +5,7 @@ An adapter implements one of these protocols; one contract suite per protocol (t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from stagecal.domain.archive_facts import MousFacts
 from stagecal.domain.records import NewMail, OutboxMail, ProductFile, Recipient, RecordedStep, Step
 from stagecal.domain.requests import Request, State
+from stagecal.domain.restore.chosen import ChosenRestore
 from stagecal.domain.restore.facts import RestoreFacts
 from stagecal.domain.retention import Staging
 
@@ -69,12 +70,16 @@ class Archive(Protocol):
 
 @dataclass(frozen=True)
 class NodeLoad:
-    """One look at a node. `load_per_core` is None if it did not answer in time; `trouble` then says why."""
+    """One look at a node. `load_per_core` is None if it did not answer in time; `trouble` then says why.
+
+    `alarm` says that the trouble is one of security, which a person has to hear of: another host key than the pinned.
+    """
 
     name: str
     load_per_core: float | None
     labels: tuple[str, ...] = ()
     trouble: str = ""
+    alarm: bool = False
 
 
 class JobState(StrEnum):
@@ -309,6 +314,10 @@ class StagingArea(Protocol):
         """Write a small file durably."""
         ...
 
+    def draft(self, token: str, name: str) -> Path:
+        """Return the path of a file in the invisible directory of this token, for looking into it before it appears."""
+        ...
+
     def publish(self, token: str) -> None:
         """Let the complete directory appear under its token by one rename, durably. Already published is fine."""
         ...
@@ -374,6 +383,20 @@ class Locks(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class EngineJob:
+    """A job of an engine: the label that its node must have ('' for any), and the files of its job directory.
+
+    `is_old` says that it runs an old build of CASA (for RHEL5); `reason` why it is this engine.
+    """
+
+    engine: str
+    reason: str
+    label: str
+    is_old: bool
+    files: Mapping[str, bytes]
+
+
 class Engines(Protocol):
     """How calibrated MSs are made at this site."""
 
@@ -381,16 +404,23 @@ class Engines(Protocol):
         """Return name and version of what would make the products of this project, for the calibration id."""
         ...
 
-    def label(self, project: str) -> str:
-        """Return the label that a node must have for this project; '' for any node."""
+    def available(self) -> Collection[str]:
+        """Return the names of the engines that this site has the parts for."""
         ...
 
-    def is_old(self, project: str) -> bool:
-        """Return whether the project needs an old build of CASA (for RHEL5)."""
+    def job(self, request: Request, restore: ChosenRestore | None) -> EngineJob:
+        """Return the job of a request; `restore` is None for the site's own command, which plans for itself.
+
+        `request.work` names the job directory. Raises FatalError if a part of the engine is not there.
+        """
         ...
 
-    def job_files(self, request: Request) -> Mapping[str, bytes]:
-        """Return the files of the job directory, `run.sh` among them. Raises FatalError if the engine is not there."""
+
+class ProductFiles(Protocol):
+    """Where the archive keeps product files."""
+
+    def read(self, names: Sequence[str]) -> Mapping[str, bytes]:
+        """Return the content of some small files. Raises TransientError, or FatalError for a file that is not there."""
         ...
 
 
@@ -462,9 +492,19 @@ class Ledger(Protocol):
         ...
 
     def claim_slot(
-        self, request: Request, *, max_jobs: int, now: datetime, step: Step, **changes: Any
+        self,
+        request: Request,
+        *,
+        max_jobs: int,
+        max_on_node: int | None = None,
+        now: datetime,
+        step: Step,
+        **changes: Any,
     ) -> Request | None:
-        """Move the request to DISPATCHING with a slot, unless so many requests hold one already: then None."""
+        """Move the request to DISPATCHING with a slot, unless so many requests hold one already: then None.
+
+        `max_on_node` limits in the same way how many of them are on the node of `changes`.
+        """
         ...
 
     def hand_over_job(self, request: Request, heir: Request, now: datetime) -> None:

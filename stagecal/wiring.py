@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, TypeVar
 
 from stagecal.config import Config
-from stagecal.ports import Archive, Clock, Engines, Mailer, Nodes, Templates, UsageError
+from stagecal.ports import Archive, Clock, Engines, Mailer, Nodes, ProductFiles, Templates, UsageError
 from stagecal.resources import resource
 
 _T = TypeVar("_T")
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from stagecal.adapters.lease import Lease
     from stagecal.adapters.ledger import SqliteLedger
+    from stagecal.adapters.nodes_ssh import SshNodes
+    from stagecal.adapters.remote_shell import Shell, SshTarget
     from stagecal.adapters.watch import DirectoryWatch
     from stagecal.services.context import Site
     from stagecal.services.requesting import Desk
@@ -108,13 +110,95 @@ def templates(config: Config) -> Templates:
     return JinjaTemplates(config.path.parent / "templates", resource("templates"))
 
 
+def own_templates() -> Templates:
+    """Return our templates as they come with the package, for what works without a site."""
+    from stagecal.adapters.templates import JinjaTemplates
+
+    return JinjaTemplates(resource("templates"))
+
+
 def nodes(config: Config) -> Nodes:
     """Return the nodes by the `[cluster]` section."""
+    if config.cluster.runner == "ssh":
+        return ssh_nodes(config)
+    wrapper = resource("templates", "job", "wrapper.sh").read_bytes()
+    cluster = config.cluster
+    if cluster.runner == "slurm":
+        from stagecal.adapters.nodes_slurm import SlurmNodes
+
+        return SlurmNodes(
+            cluster.work_area,
+            {node.name: node.labels for node in cluster.nodes},
+            _submit_shell(config),
+            wrapper,
+            options=cluster.sbatch_options,
+            load_limit=cluster.max_load_per_core,
+            timeout_s=cluster.timeout_s,
+        )
     from stagecal.adapters.nodes_local import LocalNodes
 
-    node = config.cluster.nodes[0]
-    wrapper = resource("templates", "job", "wrapper.sh").read_bytes()
-    return LocalNodes(config.cluster.work_area, node.name, node.labels, wrapper)
+    [node] = cluster.nodes
+    return LocalNodes(cluster.work_area, node.name, node.labels, wrapper)
+
+
+def ssh_nodes(config: Config) -> SshNodes:
+    """Return the nodes that are reached by SSH; their connections end with this process."""
+    import atexit
+
+    from stagecal.adapters.nodes_ssh import Machine, SshNodes
+    from stagecal.adapters.ssh_openssh import OpenSshShell, ssh_command
+    from stagecal.adapters.ssh_paramiko import ParamikoShell
+
+    cluster = config.cluster
+    machines = {}
+    for node in cluster.nodes:
+        target = _target(config, node.name, node.host, node.port, node.user, node.labels)
+        shell = OpenSshShell(target) if node.transport == "openssh" else ParamikoShell(target)
+        machines[node.name] = Machine(shell, node.labels, ssh_command(target))
+    nodes = SshNodes(
+        cluster.work_area,
+        machines,
+        resource("templates", "job", "wrapper.sh").read_bytes(),
+        resource("templates", "job", "node.sh").read_text(encoding="utf-8"),
+        timeout_s=cluster.timeout_s,
+        fetch_area=None if cluster.shared_work_area else cluster.fetch_area,
+    )
+    # An ssh program in the background would hold its connection for minutes after us.
+    atexit.register(nodes.close)
+    return nodes
+
+
+def _target(
+    config: Config, name: str, host: str, port: int, user: str | None, labels: tuple[str, ...] = ()
+) -> SshTarget:
+    from stagecal.adapters.remote_shell import SshTarget
+
+    return SshTarget(
+        node=name,
+        host=host,
+        port=port,
+        user=user,
+        key=config.cluster.ssh_key,
+        known_hosts=_required(config.cluster.known_hosts, "[cluster] known_hosts"),
+        labels=labels,
+        connect_s=config.cluster.timeout_s,
+    )
+
+
+def _submit_shell(config: Config) -> Shell:
+    cluster = config.cluster
+    if cluster.submit_host is None:
+        from stagecal.adapters.remote_shell import LocalShell
+
+        return LocalShell()
+    from stagecal.adapters.ssh_paramiko import ParamikoShell
+
+    import atexit
+
+    target = _target(config, cluster.submit_host, cluster.submit_host, cluster.submit_port, cluster.submit_user)
+    shell = ParamikoShell(target)
+    atexit.register(shell.close)
+    return shell
 
 
 def site(config: Config, *, anew: bool = False) -> Site:
@@ -140,6 +224,7 @@ def site(config: Config, *, anew: bool = False) -> Site:
         nodes=nodes(config),
         staging=FileStagingArea(config.staging.root),
         engines=engines(config),
+        products=products(config),
         locks=FileLocks(config.state.directory / "locks"),
     )
 
@@ -148,7 +233,17 @@ def engines(config: Config) -> Engines:
     """Return the engines by the `[restore]` section."""
     from stagecal.adapters.engines import SiteEngines
 
-    return SiteEngines(config.restore, config.locks, templates(config), resource("templates"))
+    return SiteEngines(
+        config.restore, config.locks, templates(config), resource("templates"), config.cluster.work_area
+    )
+
+
+def products(config: Config) -> ProductFiles:
+    """Return the store of archived products by the `[restore]` section."""
+    from stagecal.adapters.product_store import ProductStore
+
+    settings = config.restore
+    return ProductStore(resource("templates", "job", "fetch_products.py"), settings.ngas, settings.products_fetch)
 
 
 def checked_templates(config: Config) -> int:

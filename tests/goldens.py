@@ -22,7 +22,7 @@ from stagecal.adapters.staging_area import FileStagingArea
 from stagecal.adapters.templates import JinjaTemplates
 from stagecal.adapters.trigger_directory import TriggerDirectory
 from stagecal.config import load_config
-from stagecal.ports import Engines
+from stagecal.ports import Engines, ProductFiles
 from stagecal.resources import resource
 from stagecal.services.context import Site
 
@@ -102,6 +102,7 @@ def text_site(tmp_path: Path) -> Iterator[Site]:
         nodes=LocalNodes(config.cluster.work_area, "node-1", (), b""),
         staging=FileStagingArea(config.staging.root),
         engines=cast(Engines, cast(Any, None)),
+        products=cast(ProductFiles, cast(Any, None)),
         locks=FileLocks(tmp_path / "locks"),
     )
     ledger.close()

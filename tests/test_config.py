@@ -177,8 +177,8 @@ def test_nodes_and_casa_versions_are_read_as_tables(tmp_path):
     assert config.restore.casa == (CasaConfig(version="4.2.2", home=Path("/opt/casa-4.2.2"), label="rhel5"),)
 
 
-def test_auto_is_the_sites_own_command_if_there_is_one_else_casatasks(tmp_path):
-    assert load(write(tmp_path)).restore.chosen_engine == "casatasks"
+def test_auto_is_the_sites_own_command_if_there_is_one_else_it_depends_on_the_mous(tmp_path):
+    assert load(write(tmp_path)).restore.chosen_engine == "auto"
     assert load(write(tmp_path, restore={"command": "/opt/calibrate"})).restore.chosen_engine == "command"
     both = {"command": "/opt/calibrate", "engine": "casatasks"}
     assert load(write(tmp_path, restore=both)).restore.chosen_engine == "casatasks"
@@ -331,7 +331,7 @@ def test_a_password_in_an_address_is_refused_and_not_repeated(tmp_path, secret):
         ("staging", "retention_days", 28.0),
         ("staging", "reserve_gb", -1),
         ("staging", "digest", "md5"),
-        ("staging", "scrub_mb_s", 0),
+        ("staging", "scrub_mb_s", -1),
         ("locks", "timeout_s", 0),
         ("mail", "transport", "sendmail"),
         ("mail", "host", "a b"),
@@ -401,7 +401,7 @@ def test_a_node_or_a_casa_is_given_once(tmp_path):
         ({"cluster": {**SSH, "ssh_key": None, "nodes": [{"name": "a"}]}}, "[cluster] ssh_key"),
         ({"cluster": {**SSH, "known_hosts": None, "nodes": [{"name": "a"}]}}, "[cluster] known_hosts"),
         ({"cluster": {**SSH, "shared_work_area": False, "nodes": [{"name": "a"}]}}, "[cluster] fetch_area"),
-        ({"cluster": {"shared_work_area": False}}, "[cluster] shared_work_area"),
+        ({"cluster": {"runner": "slurm", "shared_work_area": False}}, "[cluster] shared_work_area"),
         ({"cluster": {"runner": "slurm", "submit_host": "login", "known_hosts": "k"}}, "[cluster] ssh_key"),
         ({"cluster": {"sbatch_options": ["-p pipe"]}}, "[cluster] sbatch_options: entry 1 must be written as"),
         ({"mail": {"maildir": None}}, "[mail] maildir"),

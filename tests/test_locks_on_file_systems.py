@@ -13,7 +13,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tarfile
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -164,12 +163,18 @@ def make_job(directory: Path, engine: str, **changes: Any) -> Path:
     job: dict[str, Any] = {
         "request": "00c0ffee", "mous": "uid://A001/X12a3/X80e", "project": "2017.1.01347.S", "engine": engine,
         "execution_blocks": ["uid://A002/Xcf92df/X3453"], "calfields": [], "casa_home": "",
-        "raw_fetch": [str(directory.parent / "fetch")], "worker_python": sys.executable,
-        "command": str(directory.parent / "command"), **changes,
+        "raw_fetch": [str(directory.parent / "fetch")], "python": [sys.executable], "raw_size": [], "disk_factor": 2,
+        "command": str(directory.parent / "command"), "area": ".", **changes,
+        "calibration": {
+            "uid://A002/Xcf92df/X3453": {
+                "session": "session_1", "caltables": "c.tgz", "finalflags": "f.tgz", "applycmds": "a.txt",
+            },
+        },
     }  # fmt: skip
     (directory / "job.json").write_text(json.dumps(job))
     for name in ("calibrate.py", "casasiteconfig.py"):
         shutil.copy(TEMPLATES / "casa" / name, directory)
+    (directory / "fetch_products.py").write_text("")
     script = directory / "run.sh"
     script.write_text(JinjaTemplates(TEMPLATES).render(f"job/run_{engine}.sh", **job))
     script.chmod(0o755)
@@ -269,56 +274,59 @@ def test_the_command_holds_the_locks_of_the_raw_measurement_sets(tmp_path: Path)
         pass
 
 
-# Stands in for CASA: one field, one window, and a task that looks at the locks of what it works on.
+# Stands in for CASA: a tool that looks at the lock of what it opens. tests/casa has the tasks of the real one.
 CASA = """
 import sys
 from pathlib import Path
 sys.path.append({checkout!r})
 from stagecal.measurement_set.lock import lock_states
 
-def locks(*paths):
-    return [(Path(path).name, lock_states(Path(path))[0].held) for path in paths]
-
 def version_string():
     return "0"
 
-def mstransform(vis, outputvis, **rest):
-    print("mstransform", locks(vis, outputvis))
-    raise SystemExit(6)
+class casalog:
+    setlogfile = print
 
 class table:
-    def open(self, path): print("table", locks(path.removesuffix("/FIELD")))
-    def getcol(self, name): return ["J0510+1800"]
-    def close(self): pass
-
-class msmetadata:
-    def open(self, path): print("msmetadata", locks(path))
-    def intentsforfield(self, row): return ["OBSERVE_TARGET#ON_SOURCE"]
-    def spwsforintent(self, intent): return [17]
-    def spwsforfield(self, row): return [17]
-    def nchan(self, window): return 128
-    def done(self): pass
+    def open(self, path):
+        ms = Path(path.removesuffix("/FIELD"))
+        print("table", ms, lock_states(ms)[0].held)
+        raise SystemExit(6)
 """
 
 
-def test_calibrate_holds_the_locks_of_all_that_casa_works_on(tmp_path: Path) -> None:
-    job = tmp_path / "WORK1"
-    script = make_job(job, "casatasks")
+def make_casatasks_job(directory: Path) -> tuple[Path, Path]:
+    """Make a job with a measurement set as raw data, which lies elsewhere; return its script and that."""
+    script = make_job(directory, "casatasks", locks={"directory": None, "timeout_s": 1})
     for name in ("casatasks.py", "casatools.py"):
-        (job / name).write_text(CASA.format(checkout=str(CHECKOUT)))
-    store = tmp_path / "store" / EB
-    for table in (f"{EB}.ms", "products", "gain.tbl"):
-        (store / table).mkdir(parents=True)
-        (store / table / "table.dat").touch()
-    (store / "products" / f"{EB}.ms.calapply.txt").write_text("caltable='gain.tbl'\n")
-    with tarfile.open(store / "products" / f"{EB}.caltables.tgz", "w:gz") as tar:
-        tar.add(store / "gain.tbl", "gain.tbl")
-    (tmp_path / "fetch").write_text(f"#!/bin/sh\ncp -R '{store}' .\n")
+        (directory / name).write_text(CASA.format(checkout=str(CHECKOUT)))
+    store = directory.parent / "store"
+    (store / f"{EB}.ms").mkdir(parents=True)
+    (store / f"{EB}.ms" / "table.dat").touch()
+    products = ("f.tgz", "c.tgz", "a.txt")
+    lines = [f"from pathlib import Path\nPath('products/{name}').write_text({_APPLY!r})\n" for name in products]
+    (directory / "fetch_products.py").write_text("".join(lines))
+    (directory.parent / "fetch").write_text(FETCH_LINK.format(eb=EB, store=store))
+    return script, store / f"{EB}.ms"
+
+
+_APPLY = f"applycal(vis='{EB}.ms', gaintable='gain.tbl')\n"
+
+
+def test_calibrate_holds_the_lock_of_what_casa_works_on(tmp_path: Path) -> None:
+    script, _ = make_casatasks_job(tmp_path / "WORK1")
     done = run_job(script)
     assert done.returncode == 6, done.stderr
-    raw, product = (f"{EB}.ms", True), (f"{EB}.ms.split.cal", True)
-    for line in (f"table {[raw]}", f"msmetadata {[raw]}", f"mstransform {[raw, product]}"):
-        assert line in done.stdout.splitlines()
+    assert f"table {EB}.ms True" in done.stdout.splitlines()
+
+
+def test_calibrate_copies_no_raw_measurement_set_that_somebody_works_on(tmp_path: Path) -> None:
+    script, raw = make_casatasks_job(tmp_path / "WORK1")
+    with ms_lock(raw, timeout_s=0):
+        done = run_job(script)
+    assert done.returncode == 1
+    assert f"{lock_path(raw)} is held by" in done.stderr
+    assert not (tmp_path / "WORK1" / "working" / f"{EB}.ms").exists()
 
 
 @pytest.mark.parametrize("python", [sys.executable, "python2.7"])

@@ -24,9 +24,9 @@ from stagecal.domain.retention import Staging
 from stagecal.domain.trigger import Trigger, render, trigger_name
 from stagecal.domain.verdicts import Verdict, advice
 from stagecal.ports import JobHandle
+from stagecal.services.alarms import alarm_mail
 from stagecal.services.context import Site
 from stagecal.services.notifying import (
-    alarm_mail,
     delivered_mail,
     failed_mail,
     malformed_mail,

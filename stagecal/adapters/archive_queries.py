@@ -167,7 +167,7 @@ def facts_from_rows(mous: str, rows_by_query: Mapping[str, Rows]) -> MousFacts |
 
 
 def restore_facts_from_rows(mous: str, rows_by_query: Mapping[str, Rows]) -> RestoreFacts | None:
-    """Given the answers to the queries of RESTORE, return what a restore needs to know, or None if there is no such MOUS.
+    """Given the answers to the queries of RESTORE, return what a restore needs, or None if there is no such MOUS.
 
     Raises FatalError as `facts_from_rows` does. What may be unknown (the units above, the document) is '' then.
     """

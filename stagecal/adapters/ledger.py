@@ -1,13 +1,15 @@
 """The ledger on local disk: one SQLite file (WAL, synchronous FULL) and one small sidecar file per staged directory.
 
 Every public method is one transaction. The sidecars (`staged/<token>.json`) repeat what decides about deletion, so that
-it survives the loss of the database. Trouble with the disk or a lock is a TransientError, damage a FatalError.
+it survives the loss of the database. Trouble with the disk or a lock is a TransientError, damage a FatalError. A
+database of a former version is brought up to date when it is opened, in one transaction.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import secrets
 import sqlite3
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,7 +35,22 @@ from stagecal.domain.retention import Staging
 from stagecal.domain.verdicts import Verdict
 from stagecal.ports import FatalError, StaleRequestError, TransientError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+
+# A file of the staging area is known by device, inode, time and digest: all tokens that link it share its verification.
+# In `rotten` an empty token means the file itself, wherever it is linked, another one the entry in its directory alone.
+_VERIFICATION = """
+CREATE TABLE verifications (
+    device INTEGER NOT NULL, inode INTEGER NOT NULL, modified_ns INTEGER NOT NULL, sha256 TEXT NOT NULL,
+    begun_at TEXT NOT NULL, verified_at TEXT, PRIMARY KEY (device, inode, modified_ns, sha256)
+);
+CREATE TABLE rotten (
+    device INTEGER NOT NULL, inode INTEGER NOT NULL, modified_ns INTEGER NOT NULL, sha256 TEXT NOT NULL,
+    token TEXT NOT NULL, problem TEXT NOT NULL, found_at TEXT NOT NULL, told_at TEXT,
+    PRIMARY KEY (device, inode, modified_ns, sha256, token)
+);
+CREATE INDEX files_by_inode ON files (inode);
+"""
 
 _SCHEMA = """
 CREATE TABLE requests (
@@ -81,11 +98,45 @@ CREATE TABLE files (
 CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 """
 
+# What `stagecal restore` was told: an engine, and the home of a CASA. Until when a job may live.
+_RESTORES = """
+ALTER TABLE requests ADD COLUMN engine TEXT NOT NULL DEFAULT '';
+ALTER TABLE requests ADD COLUMN casa_home TEXT NOT NULL DEFAULT '';
+ALTER TABLE requests ADD COLUMN leased_until TEXT;
+"""
+
+_MIGRATIONS = {0: _SCHEMA, 1: _VERIFICATION + _RESTORES}
+"""What makes the next version of each version; an empty file has version 0."""
+
+_KEY = "device, inode, modified_ns, sha256"
+
+
+def _same_file(one: str, other: str) -> str:
+    """Return the condition that two tables speak of the same file."""
+    return " AND ".join(f"{one}.{name} = {other}.{name}" for name in _KEY.split(", "))
+
+
+_IS_ROTTEN = (
+    f"EXISTS (SELECT 1 FROM rotten WHERE {_same_file('rotten', 'files')} "  # noqa: S608 - our own text
+    "AND rotten.token IN ('', files.token))"
+)
+
 _REQUEST_FIELDS = tuple(field.name for field in fields(Request))
 _STAGING_FIELDS = tuple(field.name for field in fields(Staging))
+_FILE_FIELDS = tuple(field.name for field in fields(ProductFile))
 _TUPLES = frozenset({"calfields", "execution_blocks", "lost_on"})
 _TIMES = frozenset(
-    {"received_at", "since", "not_before", "missing_since", "published_at", "notified_at", "withdrawn_at", "purged_at"}
+    {
+        "received_at",
+        "since",
+        "not_before",
+        "missing_since",
+        "leased_until",
+        "published_at",
+        "notified_at",
+        "withdrawn_at",
+        "purged_at",
+    }
 )
 _ENUMS: Mapping[str, Any] = {"origin": Origin, "state": State, "outcome": Outcome, "verdict": Verdict}
 
@@ -124,6 +175,14 @@ def _request(row: sqlite3.Row) -> Request:
 
 def _staging(row: sqlite3.Row) -> Staging:
     return Staging(**{name: _from_column(name, row[name]) for name in _STAGING_FIELDS})
+
+
+def _product_file(row: sqlite3.Row) -> ProductFile:
+    return ProductFile(**{name: row[name] for name in _FILE_FIELDS})
+
+
+def _key(file: ProductFile) -> tuple[int, int, int, str]:
+    return file.device, file.inode, file.modified_ns, file.sha256
 
 
 class SqliteLedger:
@@ -170,16 +229,17 @@ class SqliteLedger:
             version = self._database.execute("PRAGMA user_version").fetchone()[0]
             if version == SCHEMA_VERSION:
                 return
-            if version != 0:
+            if version not in _MIGRATIONS:
                 raise FatalError(
                     f"{self._path} has schema version {version}, this program knows {SCHEMA_VERSION}: "
                     "use the program version that wrote it"
                 )
-            if self._sidecars.is_dir() and not anew:
+            if version == 0 and self._sidecars.is_dir() and not anew:
                 raise FatalError(f"the ledger {self._path} is empty: find it, or make it anew by `stagecal rebuild`")
-            for statement in _SCHEMA.split(";"):
-                if statement.strip():
-                    self._database.execute(statement)
+            for former in range(version, SCHEMA_VERSION):
+                for statement in _MIGRATIONS[former].split(";"):
+                    if statement.strip():
+                        self._database.execute(statement)
             self._database.execute(f"PRAGMA user_version = {SCHEMA_VERSION:d}")
 
     @contextmanager
@@ -275,20 +335,31 @@ class SqliteLedger:
         return changed
 
     def claim_slot(
-        self, request: Request, *, max_jobs: int, now: datetime, step: Step, **changes: Any
+        self,
+        request: Request,
+        *,
+        max_jobs: int,
+        max_on_node: int | None = None,
+        now: datetime,
+        step: Step,
+        **changes: Any,
     ) -> Request | None:
         with self._transaction() as database:
-            held = database.execute("SELECT count(*) FROM requests WHERE holds_slot = 1").fetchone()[0]
-            if held >= max_jobs:
+            holding = [row[0] for row in database.execute("SELECT node FROM requests WHERE holds_slot = 1")]
+            if len(holding) >= max_jobs:
+                return None
+            if max_on_node is not None and holding.count(changes["node"]) >= max_on_node:
                 return None
             changed = self._change(request, State.DISPATCHING, now, {**changes, "holds_slot": True})
             self._add_step(request.id, step, now)
             return changed
 
     def hand_over_job(self, request: Request, heir: Request, now: datetime) -> None:
-        job = {name: getattr(request, name) for name in ("node", "work", "nonce", "holds_slot")}
+        job = {name: getattr(request, name) for name in ("node", "work", "nonce", "holds_slot", "leased_until")}
         with self._transaction():
-            self._change(request, None, now, {"node": "", "work": "", "nonce": "", "holds_slot": False})
+            self._change(
+                request, None, now, {"node": "", "work": "", "nonce": "", "holds_slot": False, "leased_until": None}
+            )
             self._change(heir, State.STAGING, now, {**job, "not_before": None, "attempts": 0})
             self._add_step(request.id, Step("withdraw", "who goes on with the job?", heir.id, "handed over"), now)
             self._add_step(heir.id, Step("dispatch", "is it being made?", f"by {request.id}", "took its job over"), now)
@@ -467,21 +538,17 @@ class SqliteLedger:
         return _staging(rows[0]) if rows else None
 
     def staged_files(self, token: str) -> tuple[Sequence[ProductFile], Sequence[str]]:
-        rows = self._rows("SELECT * FROM files WHERE token = ? ORDER BY name", token)
+        """Return the files of a staged directory that may be linked again, and the EBs absent from it.
+
+        If one file of it is rotten there are none: the products of a request are linked together or not at all.
+        """
+        rows = self._rows(
+            f"SELECT files.*, {_IS_ROTTEN} AS is_rotten FROM files WHERE token = ? ORDER BY name",  # noqa: S608 - our text
+            token,
+        )
         absent = self._rows("SELECT absent FROM stagings WHERE token = ?", token)
         return (
-            [
-                ProductFile(
-                    row["name"],
-                    row["execution_block"],
-                    row["size"],
-                    row["sha256"],
-                    row["device"],
-                    row["inode"],
-                    row["modified_ns"],
-                )
-                for row in rows
-            ],
+            [] if any(row["is_rotten"] for row in rows) else [_product_file(row) for row in rows],
             json.loads(absent[0]["absent"]) if absent else [],
         )
 
@@ -493,27 +560,158 @@ class SqliteLedger:
                 Step("retention", seen=f"directory {masked_token(staging.token)}", decided=_standing(staging)),
                 now,
             )
-        try:
-            request: Request | None = self.get(staging.request)
-        except KeyError:
-            request = None
-        self._write_sidecar(staging, request)
+            if staging.purged_at is not None:
+                self._forget_unlinked()
+        self._write_sidecar(staging, self._request_of(staging))
+
+    # --- verification ----------------------------------------------------------------------------------------------
+
+    def next_to_verify(self, before: datetime) -> tuple[str, ProductFile] | None:
+        """Return token and record of the file whose reading was begun longest ago, or never; None if none is due.
+
+        Due is what was not verified since `before`. A file that several tokens link is one; what is rotten or out of
+        reach is left out.
+        """
+        rows = self._rows(
+            f"SELECT files.* FROM files JOIN stagings USING (token) "  # noqa: S608 - our own text
+            f"LEFT JOIN verifications ON {_same_file('verifications', 'files')} "
+            "WHERE withdrawn_at IS NULL AND purged_at IS NULL "
+            f"AND (verified_at IS NULL OR verified_at < ?) AND NOT {_IS_ROTTEN} "
+            "ORDER BY coalesce(begun_at, ''), published_at, token, name LIMIT 1",
+            _to_column(before),
+        )
+        return (rows[0]["token"], _product_file(rows[0])) if rows else None
+
+    def record_begun(self, file: ProductFile, now: datetime) -> None:
+        """Record that the reading of a file begins: if it is interrupted, the others come first."""
+        with self._transaction() as database:
+            database.execute(
+                f"INSERT INTO verifications ({_KEY}, begun_at) VALUES (?, ?, ?, ?, ?) "  # noqa: S608 - our own text
+                "ON CONFLICT DO UPDATE SET begun_at = excluded.begun_at",
+                (*_key(file), _to_column(now)),
+            )
+
+    def record_verified(self, file: ProductFile, now: datetime) -> None:
+        """Record that a file is what was recorded, for every token that links it."""
+        with self._transaction() as database:
+            database.execute(
+                f"INSERT INTO verifications ({_KEY}, begun_at, verified_at) "  # noqa: S608 - our own text
+                "VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET verified_at = excluded.verified_at",
+                (*_key(file), _to_column(now), _to_column(now)),
+            )
+
+    def oldest_verification(self) -> tuple[int, datetime | None]:
+        """Return how many files within reach were never verified, and when the one verified longest ago was."""
+        rows = self._rows(
+            f"SELECT count(*) - count(verified_at), min(verified_at) FROM "  # noqa: S608 - our own text
+            f"(SELECT DISTINCT {', '.join(f'files.{name}' for name in _KEY.split(', '))}, verified_at FROM files "
+            f"JOIN stagings USING (token) LEFT JOIN verifications ON {_same_file('verifications', 'files')} "
+            f"WHERE withdrawn_at IS NULL AND purged_at IS NULL AND NOT {_IS_ROTTEN})"
+        )
+        return int(rows[0][0]), datetime.fromisoformat(rows[0][1]) if rows[0][1] else None
+
+    def record_rotten(self, file: ProductFile, token: str, problem: str, step: Step, now: datetime) -> bool:
+        """Record for good that a file is rotten, and note `step` in every request that holds it; False if it is known.
+
+        With a token only the entry in its directory is rotten, without one every link to the file.
+        """
+        with self._transaction() as database:
+            cursor = database.execute(
+                f"INSERT OR IGNORE INTO rotten ({_KEY}, token, problem, found_at) "  # noqa: S608 - our own text
+                "VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (*_key(file), token, problem, _to_column(now)),
+            )
+            if not cursor.rowcount:
+                return False
+            stagings = [staging for staging, _, _ in self.holders(file, token)]
+            for staging in stagings:
+                self._add_step(staging.request, step, now)
+                database.execute("UPDATE requests SET reason = ? WHERE id = ?", (step.seen, staging.request))
+        for staging in stagings:
+            self._write_sidecar(staging, self._request_of(staging))
+        return True
+
+    def holders(self, file: ProductFile, token: str = "") -> Sequence[tuple[Staging, ProductFile, Request | None]]:
+        """Return each directory within reach that links the file (only this token's, if one is given), by its expiry:
+        its record, its entry, and its request if that is on record."""
+        rows = self._rows(
+            f"SELECT * FROM files JOIN stagings USING (token) WHERE ({_KEY}) = (?, ?, ?, ?) "  # noqa: S608 - our text
+            "AND ? IN ('', token) AND withdrawn_at IS NULL AND purged_at IS NULL",
+            *_key(file),
+            token,
+        )
+        found = [(_staging(row), _product_file(row)) for row in rows]
+        found.sort(key=lambda one: (one[0].expires, one[0].token))
+        return [(staging, entry, self._request_of(staging)) for staging, entry in found]
+
+    def untold_rotten(self) -> Sequence[tuple[ProductFile, str, str, datetime]]:
+        """Return what is rotten and was not told to anybody: file, token ('' for every link), problem, time; the
+        oldest first."""
+        rows = self._rows(
+            f"SELECT files.*, rotten.token AS entry, problem, found_at FROM rotten "  # noqa: S608 - our own text
+            f"JOIN files ON {_same_file('rotten', 'files')} AND rotten.token IN ('', files.token) "
+            f"WHERE told_at IS NULL GROUP BY {', '.join(f'rotten.{name}' for name in _KEY.split(', '))}, rotten.token "
+            "ORDER BY found_at, name"
+        )
+        return [
+            (_product_file(row), row["entry"], row["problem"], datetime.fromisoformat(row["found_at"])) for row in rows
+        ]
+
+    def last_told(self) -> datetime | None:
+        """Return when operators were told last of something rotten."""
+        rows = self._rows("SELECT max(told_at) FROM rotten")
+        return datetime.fromisoformat(rows[0][0]) if rows[0][0] else None
+
+    def tell_rotten(self, found: Sequence[tuple[ProductFile, str]], mail: NewMail, now: datetime) -> None:
+        """Put the mail that tells of these files (and tokens, as recorded) into the outbox: they are told then."""
+        with self._transaction() as database:
+            self._add_mails("", [mail], now)
+            database.executemany(
+                f"UPDATE rotten SET told_at = ? WHERE ({_KEY}, token) = (?, ?, ?, ?, ?)",  # noqa: S608 - our own text
+                [(_to_column(now), *_key(file), token) for file, token in found],
+            )
+
+    def _forget_unlinked(self) -> None:
+        """Forget the verifications of files whose last link is gone, within the open transaction."""
+        linked = (
+            f"SELECT 1 FROM files JOIN stagings USING (token) "  # noqa: S608 - our own text
+            f"WHERE {_same_file('files', '{0}')} AND purged_at IS NULL"
+        )
+        for table in ("verifications", "rotten"):
+            self._database.execute(
+                f"DELETE FROM {table} WHERE NOT EXISTS ({linked.format(table)})"  # noqa: S608 - our own text
+            )
+
+    def _is_rotten(self, token: str) -> bool:
+        rows = self._rows(
+            f"SELECT 1 FROM files WHERE token = ? AND {_IS_ROTTEN} LIMIT 1",  # noqa: S608 - our own text
+            token,
+        )
+        return bool(rows)
+
+    def _request_of(self, staging: Staging) -> Request | None:
+        rows = self._rows("SELECT * FROM requests WHERE id = ?", staging.request)
+        return _request(rows[0]) if rows else None
+
+    # --- sidecars --------------------------------------------------------------------------------------------------
 
     def _write_sidecar(self, staging: Staging, request: Request | None) -> None:
         """Repeat what decides about deletion in a file of its own, replaced atomically."""
         with self._lock, self._errors():
             path = self._sidecars / f"{staging.token}.json"
             content = {
-                "staging": {name: _to_column(value) for name, value in asdict(staging).items()},
+                "staging": {name: _to_column(value) for name, value in asdict(self._to_sidecar(staging)).items()},
                 "request": None
                 if request is None
                 else {name: _to_column(getattr(request, name)) for name in _REQUEST_FIELDS},
             }
             if staging.purged_at is not None:
-                path.unlink(missing_ok=True)
+                for left in (path, *self._sidecars.glob(f"{staging.token}.*.part")):
+                    left.unlink(missing_ok=True)
                 return
-            temporary = path.with_suffix(".part")
-            descriptor = os.open(temporary, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)
+            # Daemon, scrub and commands may write the same one at the same time: each has its own draft.
+            temporary = path.with_suffix(f".{secrets.token_hex(4)}.part")
+            descriptor = os.open(temporary, os.O_CREAT | os.O_WRONLY | os.O_EXCL, 0o600)
             with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
                 json.dump(content, stream, ensure_ascii=False, indent=1)
                 stream.flush()
@@ -525,6 +723,10 @@ class SqliteLedger:
             finally:
                 os.close(directory)
 
+    def _to_sidecar(self, staging: Staging) -> Staging:
+        """Return what a rebuilt ledger has to know: what holds rot has no recipe, so that nothing is linked from it."""
+        return replace(staging, recipe="") if self._is_rotten(staging.token) else staging
+
     def mend_sidecars(self) -> None:
         """Make the sidecars say what the ledger says: a crash may have come between the two."""
         known = {staging.token: staging for staging in self.stagings()}
@@ -534,11 +736,10 @@ class SqliteLedger:
                 path.unlink(missing_ok=True)
             elif staging is not None:
                 with suppress(FatalError):
-                    if self._sidecar(path)[0] == staging:
+                    if self._sidecar(path)[0] == self._to_sidecar(staging):
                         del known[path.stem]
         for staging in known.values():
-            found = self._rows("SELECT * FROM requests WHERE id = ?", staging.request)
-            self._write_sidecar(staging, _request(found[0]) if found else None)
+            self._write_sidecar(staging, self._request_of(staging))
 
     def sidecars(self) -> Iterator[tuple[Staging, Request | None]]:
         """Return what the sidecar files say: for `rebuild`. A damaged one raises FatalError."""
@@ -550,7 +751,10 @@ class SqliteLedger:
             content = json.loads(path.read_text(encoding="utf-8"))
             staging = Staging(**{name: _from_column(name, content["staging"][name]) for name in _STAGING_FIELDS})
             row = content["request"]
-            request = row and Request(**{name: _from_column(name, row[name]) for name in _REQUEST_FIELDS})
+            # One of a former version lacks the newer fields, which all have defaults.
+            request = row and Request(
+                **{name: _from_column(name, row[name]) for name in _REQUEST_FIELDS if name in row}
+            )
         except (ValueError, KeyError, TypeError) as error:
             raise FatalError(f"the sidecar {path} cannot be read ({error}): move it away and look at it") from error
         return staging, request

@@ -9,12 +9,9 @@ Fails with TransientError where waiting may help (no space, work area not mounte
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
-import stat
 import subprocess
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -22,24 +19,8 @@ from datetime import datetime
 from pathlib import Path
 
 from stagecal.adapters import job_directory as layout
+from stagecal.adapters.job_files import JobFiles, boot_id, claim, exists, read, uptime_s, write
 from stagecal.ports import FatalError, JobHandle, JobState, JobStatus, NodeLoad, TransientError
-
-_WAITING_MAY_HELP = frozenset(
-    {
-        errno.ENOSPC,
-        errno.EDQUOT,
-        errno.EIO,
-        errno.ESTALE,
-        errno.ETIMEDOUT,
-        errno.EAGAIN,
-        errno.ENOMEM,
-        errno.EMFILE,
-        errno.ENFILE,
-        errno.EINTR,
-        errno.ENOTEMPTY,
-    }
-)
-_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 @dataclass(frozen=True)
@@ -65,22 +46,17 @@ class LocalNodes:
         except OSError as error:
             return (NodeLoad(self.node_name, None, self.labels, f"the load cannot be read: {error}"),)
 
+    @property
+    def _files(self) -> JobFiles:
+        return JobFiles(self.work_area, self.wrapper)
+
     def prepare(self, job: JobHandle, files: Mapping[str, bytes]) -> None:
         """Make the job directory durably, by one rename; the directory of the same job is left as it is.
 
         Raises FatalError if something else stands under its name, or a file has a name that cannot be.
         """
         self._check(job)
-        layout.check_file_names(job, files)
-        with self._trouble(job, "prepare"), self._opened_area() as area:
-            if self._stands(job, area):
-                return
-            attempt = f".{job.work}.{job.nonce}.new"
-            _remove_tree(attempt, area)
-            contents = {**files, layout.WRAPPER: self.wrapper, layout.NONCE: f"{job.nonce}\n".encode()}
-            _write_tree(attempt, area, contents)
-            os.rename(attempt, job.work, src_dir_fd=area, dst_dir_fd=area)
-            os.fsync(area)
+        self._files.prepare(job, files)
 
     def launch(self, job: JobHandle, lease_until: datetime) -> None:
         """Start the wrapper, which starts run.sh if nobody claimed the job before. Does not wait for it.
@@ -88,13 +64,13 @@ class LocalNodes:
         Raises FatalError if the job was not prepared.
         """
         self._check(job)
-        with self._trouble(job, "launch"), self._opened_job(job) as directory:
+        with self._files.trouble(job, "launch"), self._files.opened(job) as directory:
             if directory is None:
                 raise FatalError(f"{self.directory(job)} is not there: prepare the job before it is launched")
-            if _exists(layout.LOCK, directory):
+            if exists(layout.LOCK, directory):
                 return
-            _write(layout.LEASE, layout.lease_text(lease_until), directory)
-            _write(layout.LAUNCHED, layout.launched_text(layout.LaunchMark(_uptime_s(), _boot_id())), directory)
+            write(layout.LEASE, layout.lease_text(lease_until), directory)
+            write(layout.LAUNCHED, layout.launched_text(layout.LaunchMark(uptime_s(), boot_id())), directory)
             inherited = {name: os.environ[name] for name in layout.INHERITED_VARIABLES if name in os.environ}
             started = subprocess.run(
                 layout.launch_arguments(self.look_interval_s, self.grace_s),
@@ -112,43 +88,31 @@ class LocalNodes:
     def poll(self, job: JobHandle) -> JobStatus:
         """Return what the job's files and processes say. A launch that came to nothing is closed for ever by it."""
         self._check(job)
-        with self._trouble(job, "poll"), self._opened_job(job) as directory:
+        with self._files.trouble(job, "poll"), self._files.opened(job) as directory:
             if directory is None:
                 survivors = len(_carriers(job.nonce))
-                seen = layout.Sighting(_boot_id(), _uptime_s(), exists=False, survivors=survivors)
+                seen = layout.Sighting(boot_id(), uptime_s(), exists=False, survivors=survivors)
             else:
                 seen = _look(job, directory)
                 if not seen.locked and layout.is_overdue(seen, patience_s=self.patience_s):
-                    _claim("unstarted", directory)
+                    claim("unstarted", directory)
                     seen = _look(job, directory)
         return layout.status_of(seen, patience_s=self.patience_s)
 
     def renew_lease(self, job: JobHandle, until: datetime) -> None:
         """Replace the lease by one rename. Raises FatalError if there is no job directory."""
         self._check(job)
-        with self._trouble(job, "renew the lease of"), self._opened_job(job) as directory:
-            if directory is None:
-                raise FatalError(f"{self.directory(job)} is gone: the job cannot be kept alive, cancel it")
-            _write(layout.LEASE, layout.lease_text(until), directory)
+        self._files.renew_lease(job, until)
 
     def output(self, job: JobHandle) -> str:
         """Return the last mebibyte of the job's terminal output, '' if there is none yet."""
         self._check(job)
-        with self._trouble(job, "read the output of"), self._opened_job(job) as directory:
-            if directory is None:
-                return ""
-            try:
-                descriptor = os.open(layout.OUTPUT, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=directory)
-            except FileNotFoundError:
-                return ""
-            with open(descriptor, "rb") as file:
-                file.seek(max(0, os.fstat(descriptor).st_size - layout.OUTPUT_LIMIT))
-                return layout.decode_output(file.read(layout.OUTPUT_LIMIT))
+        return self._files.output(job)
 
     def directory(self, job: JobHandle) -> Path:
         """Return the job directory's path. Raises FatalError if the handle cannot be one of ours."""
         self._check(job)
-        return self.work_area / job.work
+        return self._files.path(job)
 
     def fetch(self, job: JobHandle, tell: Callable[[int, int], None]) -> Path:
         """Return the job directory: everything is here already."""
@@ -161,19 +125,19 @@ class LocalNodes:
         prepared). Calling this again helps against what escaped the first time.
         """
         self._check(job)
-        with self._trouble(job, "cancel"):
-            with self._opened_job(job) as directory:
+        with self._files.trouble(job, "cancel"):
+            with self._files.opened(job) as directory:
                 prepared = directory is not None
             if not prepared:
                 self.prepare(job, {})
-            with self._opened_job(job) as directory:
+            with self._files.opened(job) as directory:
                 if directory is None:
                     raise TransientError(f"{self.directory(job)} was removed while the job was being cancelled")
                 seen = _look(job, directory)
                 if seen.exit_code is not None:
                     return
-                _write(layout.CANCEL, "", directory)
-                if _claim("cancelled", directory):
+                write(layout.CANCEL, "", directory)
+                if claim("cancelled", directory):
                     return
                 if seen.wrapper_alive and seen.wrapper:
                     _signal_wrapper(seen.wrapper)
@@ -188,151 +152,12 @@ class LocalNodes:
         """
         if self.poll(job).state is JobState.RUNNING:
             raise FatalError(f"{self.directory(job)} is of a living job: cancel it, and clean when it is proven dead")
-        with self._trouble(job, "clean"), self._opened_area() as area:
-            doomed = f".{job.work}.{job.nonce}.removed"
-            _remove_tree(doomed, area)
-            if self._stands(job, area):
-                os.rename(job.work, doomed, src_dir_fd=area, dst_dir_fd=area)
-                _remove_tree(doomed, area)
+        self._files.remove(job)
 
     def _check(self, job: JobHandle) -> None:
         layout.check_handle(job)
         if job.node != self.node_name:
             raise FatalError(f"{job.work} is a job of {job.node}, but only {self.node_name} is known here")
-
-    def _stands(self, job: JobHandle, area: int) -> bool:
-        """Return whether the job's own directory is there. Raises FatalError if something else has its name."""
-        try:
-            directory = os.open(job.work, _DIRECTORY, dir_fd=area)
-        except FileNotFoundError:
-            return False
-        except NotADirectoryError:
-            raise FatalError(f"{self.directory(job)} is not a directory: move it away") from None
-        try:
-            if (_read(layout.NONCE, directory) or "").strip() != job.nonce:
-                raise FatalError(f"{self.directory(job)} is not of this job ({job.nonce}): move it away")
-        finally:
-            os.close(directory)
-        return True
-
-    @contextmanager
-    def _opened_area(self) -> Iterator[int]:
-        try:
-            area = os.open(self.work_area, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            raise TransientError(f"the work area {self.work_area} is not there: is it mounted?") from None
-        try:
-            yield area
-        finally:
-            os.close(area)
-
-    @contextmanager
-    def _opened_job(self, job: JobHandle) -> Iterator[int | None]:
-        """Give a descriptor of the job's own directory, None if it is not there."""
-        with self._opened_area() as area:
-            directory = os.open(job.work, _DIRECTORY, dir_fd=area) if self._stands(job, area) else None
-        try:
-            yield directory
-        finally:
-            if directory is not None:
-                os.close(directory)
-
-    @contextmanager
-    def _trouble(self, job: JobHandle, doing: str) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            kind = TransientError if error.errno in _WAITING_MAY_HELP else FatalError
-            raise kind(f"cannot {doing} {job.work} in {self.work_area}: {error.strerror or error}") from error
-
-
-# --- files ---------------------------------------------------------------------------------------------------------
-
-
-def _exists(name: str, directory: int) -> bool:
-    try:
-        os.lstat(name, dir_fd=directory)
-    except FileNotFoundError:
-        return False
-    return True
-
-
-def _read(name: str, directory: int) -> str | None:
-    """Return the text of a small file, None if it is not there."""
-    try:
-        descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
-    except FileNotFoundError:
-        return None
-    with open(descriptor, "rb") as file:
-        return file.read(4096).decode("ascii", errors="replace")
-
-
-def _write(name: str, text: str, directory: int) -> None:
-    """Let a small file appear whole. It need not outlive a crash of this machine: no job does."""
-    temporary = f".{name}.{os.getpid()}.{time.monotonic_ns()}"
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-    with open(os.open(temporary, flags, 0o640, dir_fd=directory), "w", encoding="ascii") as file:
-        file.write(text)
-    os.rename(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
-
-
-def _claim(reason: str, directory: int) -> bool:
-    """Make the lock, so that the job never starts; return False if somebody else has it already."""
-    try:
-        os.mkdir(layout.LOCK, 0o750, dir_fd=directory)
-    except FileExistsError:
-        return False
-    _write(layout.ENDED, f"{reason}\n", directory)
-    return True
-
-
-def _write_tree(name: str, area: int, contents: Mapping[str, bytes]) -> None:
-    """Make a directory with these files, durably; `sub/file` makes the directory `sub`."""
-    os.mkdir(name, 0o750, dir_fd=area)
-    top = os.open(name, _DIRECTORY, dir_fd=area)
-    descriptors = [top]
-    try:
-        os.fchmod(top, 0o750)
-        for subdirectory in sorted({path.partition("/")[0] for path in contents if "/" in path}):
-            os.mkdir(subdirectory, 0o750, dir_fd=top)
-            descriptors.append(os.open(subdirectory, _DIRECTORY, dir_fd=top))
-            os.fchmod(descriptors[-1], 0o750)
-        for path, content in contents.items():
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-            with open(os.open(path, flags, 0o640, dir_fd=top), "wb", closefd=True) as file:
-                file.write(content)
-                file.flush()
-                os.fchmod(file.fileno(), 0o755 if path.endswith(".sh") else 0o640)
-                os.fsync(file.fileno())
-        for descriptor in descriptors:
-            os.fsync(descriptor)
-    finally:
-        for descriptor in descriptors:
-            os.close(descriptor)
-
-
-def _remove_tree(name: str, area: int) -> None:
-    """Remove a directory with all that is in it by handles, never through a link; not there is fine.
-
-    Directories that a job left without the right to write are opened up: they are ours.
-    """
-    try:
-        directory = os.open(name, _DIRECTORY, dir_fd=area)
-    except FileNotFoundError:
-        return
-    try:
-        if os.fstat(directory).st_mode & stat.S_IRWXU != stat.S_IRWXU:
-            os.fchmod(directory, stat.S_IRWXU)
-        with os.scandir(directory) as scan:
-            entries = list(scan)
-        for entry in entries:
-            if entry.is_dir(follow_symlinks=False):
-                _remove_tree(entry.name, directory)
-            else:
-                os.unlink(entry.name, dir_fd=directory)
-    finally:
-        os.close(directory)
-    os.rmdir(name, dir_fd=area)
 
 
 # --- processes -----------------------------------------------------------------------------------------------------
@@ -344,23 +169,23 @@ def _look(job: JobHandle, directory: int) -> layout.Sighting:
     The order makes it true though everything moves: a wrapper makes the lock after `launched`, `pid` before `ended`,
     and `exit` last of all, so whatever is read here implies that what it follows from is read as well.
     """
-    locked = _exists(layout.LOCK, directory)
-    launched = layout.read_launched(_read(layout.LAUNCHED, directory))
-    ended = layout.read_ended(_read(layout.ENDED, directory))
-    exit_code = layout.read_exit(_read(layout.EXIT, directory))
-    wrapper = layout.read_pid(_read(layout.PID, directory), job.nonce)
+    locked = exists(layout.LOCK, directory)
+    launched = layout.read_launched(read(layout.LAUNCHED, directory))
+    ended = layout.read_ended(read(layout.ENDED, directory))
+    exit_code = layout.read_exit(read(layout.EXIT, directory))
+    wrapper = layout.read_pid(read(layout.PID, directory), job.nonce)
     alive = False
     survivors = 0
     if exit_code is None:
         alive = wrapper is not None and _is_alive(wrapper)
         if not alive and (locked or launched):
             survivors = len(_carriers(job.nonce))
-        exit_code = layout.read_exit(_read(layout.EXIT, directory))
+        exit_code = layout.read_exit(read(layout.EXIT, directory))
     if exit_code is not None:
-        ended = layout.read_ended(_read(layout.ENDED, directory))
+        ended = layout.read_ended(read(layout.ENDED, directory))
     return layout.Sighting(
-        boot_id=_boot_id(),
-        uptime_s=_uptime_s(),
+        boot_id=boot_id(),
+        uptime_s=uptime_s(),
         locked=locked,
         launched=launched,
         wrapper=wrapper,
@@ -371,18 +196,9 @@ def _look(job: JobHandle, directory: int) -> layout.Sighting:
     )
 
 
-def _uptime_s() -> float:
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
-
-
-def _boot_id() -> str:
-    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-        return file.read().strip()
-
-
 def _is_alive(process: layout.ProcessIdentity) -> bool:
     """Return whether exactly this process lives: same boot, same start time, no zombie."""
-    if process.boot_id != _boot_id():
+    if process.boot_id != boot_id():
         return False
     try:
         with open(f"/proc/{process.pid}/stat", encoding="utf-8", errors="replace") as file:

@@ -176,6 +176,11 @@ class FileStagingArea:
             _remove(incoming, token)
             _sync(incoming)
 
+    def draft(self, token: str, name: str) -> Path:
+        """Return the path of a file of the invisible directory of this token, to be read only."""
+        _refuse_token(token)
+        return self._path / _INCOMING / token / name
+
     # --- looking --------------------------------------------------------------------------------------------
 
     def is_published(self, token: str) -> bool:

@@ -44,6 +44,8 @@ def _findings(config: Config) -> Iterator[Finding]:
     yield from directory_findings(config)
     yield answer_of("archive", lambda: _archive(config))
     yield answer_of("nodes", lambda: _nodes(config))
+    if config.cluster.runner == "ssh":
+        yield from _each_node(config)
     yield from node_lock_findings(config, wiring.nodes(config), wiring.clock().now())
     yield answer_of("engine", lambda: _engine(config))
     yield answer_of("templates", lambda: _templates(config))
@@ -69,6 +71,18 @@ def _nodes(config: Config) -> str:
     if silent:
         raise TransientError(f"these nodes do not answer: {', '.join(silent)}")
     return ", ".join(f"{node.name} load {node.load_per_core:.2f} per core" for node in loads)
+
+
+def _each_node(config: Config) -> Iterator[Finding]:
+    """Check on each node what its jobs need: connection, tools, work area, the CASAs that it should have."""
+    from stagecal import wiring
+    from stagecal.services.checking import Finding
+
+    nodes = wiring.ssh_nodes(config)
+    for node in config.cluster.nodes:
+        homes = [casa.home for casa in config.restore.casa if not casa.label or casa.label in node.labels]
+        for finding in nodes.check(node.name, homes):
+            yield Finding(f"{node.name} {finding.name}", not finding.ok, finding.text)
 
 
 def _engine(config: Config) -> str:

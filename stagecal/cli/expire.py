@@ -34,7 +34,8 @@ def command(options: argparse.Namespace, _name: str) -> int:
     from stagecal import wiring
     from stagecal.domain.identifiers import masked_token
     from stagecal.domain.sizes import readable_size
-    from stagecal.services.notifying import alarm_mail, deliver_due
+    from stagecal.services.alarms import alarm_mail
+    from stagecal.services.notifying import deliver_due
     from stagecal.services.sweeping import know_root, plan, sweep
 
     config = load(options)

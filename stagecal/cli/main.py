@@ -16,6 +16,10 @@ COMMANDS = {
     "expire": ("expire", "delete staged data whose time is over (cron, timer)"),
     "status": ("status", "list requests, or show one"),
     "why": ("why", "the whole story of a request: what was asked, seen, decided"),
+    "restore": ("restore", "restore the calibrated MSs of a MOUS, and leave them in products/"),
+    "restorable": ("restorable", "say whether MOUSs can be restored, and why not"),
+    "ppr": ("ppr", "print the pipeline processing request that would restore a MOUS"),
+    "mous-of": ("restorable", "say to which MOUS an execution block belongs"),
     "retry": ("operate", "start a held request again"),
     "withdraw": ("operate", "take a request back"),
     "hold": ("operate", "start no new job until `release`"),
@@ -76,3 +80,7 @@ def _help() -> str:
             "  stagecal status --json",
         ]
     )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""`stagecal nodes`: every node as it is now, what of ours runs there, and why it would or would not get the next job."""
+"""`stagecal nodes`: every node as it is now, what of ours runs there, and why it would or would not be chosen."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -39,6 +40,9 @@ _OPEN_S = 2
 # Nobody takes a lease over before its heartbeat is missed for longer than this (adapters/lease.py).
 _UNSEEN_S = 60
 _HOUSEKEEPING_S = 3600
+_SCRUB_NICE = 10
+# A slice of the scrub takes a fraction of a second, unless the disk hangs: then nobody waits for it.
+_SCRUB_ENDS_S = 2
 
 
 def make_parser(program: str) -> argparse.ArgumentParser:
@@ -122,6 +126,7 @@ class _Daemon:
     beaten_at: float = 0.0
     lease_trouble: str = ""
     housekept_at: float = 0.0
+    scrub: threading.Thread | None = None
 
     def run(self, *, until_idle: bool) -> int:
         import schedule
@@ -137,6 +142,9 @@ class _Daemon:
         looks.every(max(1, int(self.config.triggers.scan_interval_s))).seconds.do(self.wake.set)
         ping_s = (wiring.watchdog_interval_s() or 60.0) / 2
         self.watch.renew()
+        if self.config.staging.scrub_mb_s and not until_idle:
+            self.scrub = threading.Thread(target=self._scrub, name="scrub", daemon=True)
+            self.scrub.start()
         ready = False
         while not self.ended.is_set():
             self.wake.clear()
@@ -179,7 +187,10 @@ class _Daemon:
         A step that is still at work (packing takes hours) is not waited for, least of all when another daemon holds
         the lease now: it is done again by the next one.
         """
+        self.ended.set()
         self.watch.stop()
+        if self.scrub is not None:
+            self.scrub.join(_SCRUB_ENDS_S)
         busy = any(not future.done() for future in self.rounds.in_flight.values())
         self.executor.shutdown(wait=not busy, cancel_futures=True)
         self.lease.release()
@@ -201,6 +212,39 @@ class _Daemon:
         if until_idle:
             pause = min(pause, 0.2)
         self.wake.wait(max(0.005, pause))
+
+    def _scrub(self) -> None:
+        """Verify staged files for as long as the daemon lives, in a thread of low priority.
+
+        It has a connection to the ledger of its own, so that the rounds never wait for it; no trouble ends it.
+        """
+        from stagecal import wiring
+        from stagecal.ports import FatalError, TransientError
+        from stagecal.services.scrubbing import REST_S, Scrubber
+
+        with suppress(OSError):
+            # On Linux this is the thread's alone, and its place among those who wait for the disk follows from it.
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _SCRUB_NICE)
+        scrubber: Scrubber | None = None
+        said = ""
+        while not self.ended.is_set():
+            rest_s = REST_S
+            try:
+                if scrubber is None:
+                    scrubber = Scrubber(self.site, wiring.ledger(self.config), wake=self.wake.set)
+                # Who may have lost the lease records nothing.
+                if not self.lease_trouble:
+                    rest_s = scrubber.step()
+                    said = ""
+            except (TransientError, FatalError) as trouble:
+                if str(trouble) != said:
+                    log.warning("staged data are not verified for now: %s", trouble)
+                said = str(trouble)
+            except Exception:
+                log.exception("the scrub of staged data")
+            self.ended.wait(rest_s)
+        if scrubber is not None:
+            scrubber.close()
 
     def _lease_holds(self) -> bool:
         """Look at the lease or renew it; return whether it can be nobody else's now.

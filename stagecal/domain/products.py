@@ -50,6 +50,11 @@ def recipe_id(keys: Iterable[ProductKey]) -> str:
     return _digest([[key.execution_block, key.kind, list(key.calfields), key.calibration] for key in keys])
 
 
+def own_recipe(request_id: str) -> str:
+    """Return a recipe that no other request has: what a restore leaves in its job directory is for nobody else."""
+    return _digest(["restore", request_id])
+
+
 def measurement_set_name(execution_block: str) -> str:
     """Return the name of the calibrated MS of an EB."""
     return f"{sanitized(execution_block)}.ms.split.cal"

@@ -31,6 +31,7 @@ class MailKind(StrEnum):
     REQUEST = "request"
     REFUSAL = "refusal"
     DELIVERED = "delivered"
+    RESTORED = "restored"
     FAILED = "failed"
     MALFORMED = "malformed"
     UNDELIVERABLE = "undeliverable"

@@ -51,10 +51,11 @@ WITHDRAWABLE = frozenset(state for state, following in TRANSITIONS.items() if St
 
 
 class Origin(StrEnum):
-    """How a request came: by a trigger file, or typed by an operator."""
+    """How a request came: by a trigger file, or typed by an operator who stages (stagecalms) or restores (restore)."""
 
     TRIGGER = "trigger"
     OPERATOR = "operator"
+    RESTORE = "restore"
 
 
 class Outcome(StrEnum):
@@ -73,7 +74,8 @@ class Request:
     it needs (see domain/products.py), `token` the directory under which it gets them. A job is identified by `node`,
     `work` and `nonce`; `holds_slot` says that it may still be alive. `lost_on` are the nodes that lost its job.
     `seen_in` is the trigger directory (device:inode) in which the trigger was seen last. `wish` is what an operator
-    wants done at the next step. `waits_for` is the request that makes what this one needs, `failed_with` the one whose
+    wants done at the next step. `engine` and `casa_home` are what `stagecal restore` was told ('': by the site's
+    configuration). `leased_until` is until when its job may live without hearing from us. `waits_for` is the request that makes what this one needs, `failed_with` the one whose
     failure it shares.
     """
 
@@ -114,10 +116,17 @@ class Request:
     wish: str = ""
     waits_for: str = ""
     failed_with: str = ""
+    engine: str = ""
+    casa_home: str = ""
+    leased_until: datetime | None = None
 
     @property
     def command_line(self) -> str:
-        """The command by which an operator would stage this by hand."""
+        """The command by which an operator would do this by hand."""
+        if self.origin is Origin.RESTORE:
+            options = [("-C", self.casa_home), ("-E", self.email), ("--engine", self.engine)]
+            given = [word for option, value in options if value for word in (option, value)]
+            return shlex.join(["stagecal", "restore", *given, self.mous])
         words = ["stagecalms", self.project, self.mous, self.ticket]
         if self.calfields:
             words += ["X", ",".join(self.calfields)]

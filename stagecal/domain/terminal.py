@@ -21,6 +21,16 @@ def start(url: str, calfields: Sequence[str]) -> list[str]:
     return lines
 
 
+def restoring(mous: str) -> list[str]:
+    """A restore was accepted: the words of NRAO's almaRestore."""
+    return [f"Restoring a CMS of {mous} to spool."]
+
+
+def restore_runs(request_id: str, directory: str) -> list[str]:
+    """A restore was started: the words of NRAO's almaRestore."""
+    return [f"Alma Restore ({request_id}) running in: {directory}"]
+
+
 def dispatched(node: str, account: str, work_directory: str, *, old_casa: bool) -> list[str]:
     """A node was chosen and gets its work directory."""
     return [

@@ -1,7 +1,8 @@
 """From a job that ended well to a published directory: products complete, checked, sealed, checked again, packed.
 
 A product that is missing, empty or broken fails the request; nothing partial is ever published. For calibrator requests
-the data themselves are read: every field in them must be asked for, a calibrator, and no science target.
+the data themselves are read, before and after packing: every field in them must be asked for, a calibrator, and no
+science target.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import re
 import stat
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -24,8 +25,11 @@ from stagecal.domain.requests import Request, State
 from stagecal.domain.verdicts import Verdict
 from stagecal.measurement_set import (
     FieldUse,
+    Files,
+    Found,
     MeasurementSetError,
     check_measurement_set,
+    find_tables,
     read_fields,
     seal_measurement_set,
 )
@@ -83,7 +87,7 @@ def collect(site: Site, request: Request, now: datetime) -> Request:
         sets = find_products(request, report, products)
         for measurement_set in sets.values():
             make_trustworthy(measurement_set)
-        check_fields(request, report, sets)
+        check_fields(request, sets.values())
     except NoCalibratorError as refusal:
         return site.ledger.commit(
             request,
@@ -136,8 +140,30 @@ def collect(site: Site, request: Request, now: datetime) -> Request:
     )
 
 
+def collect_restored(site: Site, request: Request, now: datetime) -> Request:
+    """STAGING of a restore, after the job ended well: its products stay where they are, complete and sealed."""
+    request, directory = _brought_here(site, request)
+    report = read_report(directory)
+    try:
+        sets = find_products(request, report, directory / "products")
+    except NoCalibratorError as refusal:
+        raise ProductError(f"the engine reports fields that are no calibrators: {refusal.detail}") from refusal
+    for measurement_set in sets.values():
+        make_trustworthy(measurement_set)
+    names = sorted(path.name for path in sets.values())
+    return site.ledger.commit(
+        request,
+        now=now,
+        to=State.STAGED,
+        step=Step("restore", "are the products complete and healthy?", ", ".join(names), f"{directory}/products"),
+        holds_slot=False,
+        reason="",
+        terminal=[*terminal.completed(), *(f"{directory}/products/{name}" for name in names)],
+    )
+
+
 def _brought_here(site: Site, request: Request) -> tuple[Request, Path]:
-    """Bring the job's results here if they are elsewhere; what is on its way is seen in `status` and on the terminal."""
+    """Bring the job's results here if they are elsewhere; `status` and the terminal show what is on its way."""
     told = site.clock.now()
 
     def tell(done: int, total: int) -> None:
@@ -243,30 +269,78 @@ def make_trustworthy(path: Path) -> None:
         raise ProductError(f"{path.name}: {error}") from error
 
 
-def check_fields(request: Request, report: Mapping[str, Any], sets: Mapping[str, Path]) -> None:
+def check_fields(request: Request, places: Iterable[Path | Files]) -> None:
     """For a calibrator request, read the fields in the products: asked for, calibrators, no science target.
 
     Raises NoCalibratorError, or ProductError if a product holds data of another field or its fields cannot be read.
     """
-    if not request.calfields:
-        return
-    seen: set[str] = set()
-    for path in sets.values():
-        try:
-            uses: Sequence[FieldUse] = [use for use in read_fields(path) if use.rows > 0]
-        except MeasurementSetError as error:
-            raise ProductError(f"the fields of {path.name} cannot be verified: {error}") from error
-        for use in uses:
-            if use.name not in request.calfields:
-                raise ProductError(f"{path.name} holds data of {use.name}, which was not asked for")
-            if any(intent.startswith("OBSERVE_TARGET") for intent in use.intents):
-                raise NoCalibratorError(f"{use.name} is observed as science target (OBSERVE_TARGET) in {path.name}")
-            if use.rows_without_intent or not any(intent.startswith("CALIBRATE_") for intent in use.intents):
-                raise NoCalibratorError(f"{use.name} is not observed as calibrator throughout in {path.name}")
-            seen.add(use.name)
+    if request.calfields:
+        _refuse_missing(request, {name for place in places for name in _calibrators_in(request, place)})
+
+
+def _calibrators_in(request: Request, place: Path | Files) -> set[str]:
+    """Return the names of the fields that have data in a product, each of them asked for and a calibrator."""
+    try:
+        uses: Sequence[FieldUse] = [use for use in read_fields(place) if use.rows > 0]
+    except MeasurementSetError as error:
+        raise ProductError(f"the fields of {place.name} cannot be verified: {error}") from error
+    for use in uses:
+        if use.name not in request.calfields:
+            raise ProductError(f"{place.name} holds data of {use.name}, which was not asked for")
+        if any(intent.startswith("OBSERVE_TARGET") for intent in use.intents):
+            raise NoCalibratorError(f"{use.name} is observed as science target (OBSERVE_TARGET) in {place.name}")
+        if use.rows_without_intent or not any(intent.startswith("CALIBRATE_") for intent in use.intents):
+            raise NoCalibratorError(f"{use.name} is not observed as calibrator throughout in {place.name}")
+    return {use.name for use in uses}
+
+
+def _refuse_missing(request: Request, seen: set[str]) -> None:
     missing = sorted(set(request.calfields) - seen)
     if missing:
         raise NoCalibratorError(f"none of the EBs has the field {', '.join(missing)}")
+
+
+def verify_packed(site: Site, request: Request, names: Iterable[str]) -> None:
+    """Look into tar files that are about to be published for a request, without unpacking them.
+
+    Each must hold one healthy measurement set, and for a calibrator request nothing but what may be given out. Only
+    headers and columns of ids are read: a tenth of a second for a million rows, however large the data are. Raises
+    ProductError.
+    """
+    seen: set[str] = set()
+    for name in names:
+        path = site.staging.draft(request.token, name)
+        try:
+            seen |= _verified(request, path)
+        except NoCalibratorError as refusal:
+            raise ProductError(f"the packed {name}: {refusal.detail}") from refusal
+        except MeasurementSetError as error:
+            raise ProductError(f"the packed {name}: {error}".replace(str(path), name)) from error
+        except OSError as error:
+            raise ProductError(f"the packed {name} cannot be read: {error.strerror}") from error
+    if request.calfields:
+        try:
+            _refuse_missing(request, seen)
+        except NoCalibratorError as refusal:
+            raise ProductError(f"packed: {refusal.detail}") from refusal
+
+
+def _verified(request: Request, path: Path) -> set[str]:
+    """Return the calibrators in one tar file that holds one healthy measurement set."""
+    seen: set[str] = set()
+    number = 0
+    for found in find_tables(path):
+        if not isinstance(found, Found):
+            raise ProductError(f"the packed {path.name} {found.problem}")
+        report = check_measurement_set(found.files)
+        if not report.healthy:
+            raise ProductError(f"the packed {path.name} is not healthy: {'; '.join(report.problems[:3])}")
+        if request.calfields:
+            seen |= _calibrators_in(request, found.files)
+        number += 1
+    if number != 1:
+        raise ProductError(f"the packed {path.name} holds {number} measurement sets instead of one")
+    return seen
 
 
 def size_of(directory: Path) -> int:
@@ -280,9 +354,10 @@ def _pack(site: Site, request: Request, sets: Mapping[str, Path], directory: Pat
         packed = [
             product_file(site.staging.pack(request.token, tar_name(block), path), block) for block, path in sets.items()
         ]
+        verify_packed(site, request, [file.name for file in packed])
         if not request.calfields:
             packed += _auxiliary(site.staging, request, directory / "auxiliary")
-    except (TransientError, FatalError):
+    except (TransientError, FatalError, ProductError):
         site.staging.discard(request.token)
         raise
     return tuple(packed)

@@ -15,6 +15,7 @@ from stagecal.ports import (
     Locks,
     Mailer,
     Nodes,
+    ProductFiles,
     StagingArea,
     Templates,
     Triggers,
@@ -35,6 +36,7 @@ class Site:
     nodes: Nodes
     staging: StagingArea
     engines: Engines
+    products: ProductFiles
     locks: Locks
     new_secret: Callable[[], str] = lambda: secrets.token_hex(16)
 

@@ -7,26 +7,33 @@ job stays unknown: nothing is started elsewhere until the node has answered.
 from __future__ import annotations
 
 import json
+import math
+from collections import Counter
 from contextlib import suppress
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
 
 from stagecal.domain import terminal
 from stagecal.domain.identifiers import sanitized
 from stagecal.domain.records import Step
-from stagecal.domain.requests import Request, State
-from stagecal.domain.scheduling import choose_node, explain_choice
+from stagecal.domain.requests import Origin, Request, State
+from stagecal.domain.scheduling import Wanted, choose_node, explain_choice
 from stagecal.domain.turns import Turns, turns
 from stagecal.domain.verdicts import Verdict
-from stagecal.ports import FatalError, JobHandle, JobState, TransientError
-from stagecal.services.collecting import ProductError, WithdrawnMeanwhileError, collect
+from stagecal.ports import EngineJob, FatalError, JobHandle, JobState, JobStatus, TransientError
+from stagecal.services.alarms import alarm_mail
+from stagecal.services.collecting import ProductError, WithdrawnMeanwhileError, collect, collect_restored
 from stagecal.services.context import Site
 from stagecal.services.judging import refusal_lines
 from stagecal.services.publishing import published_already, published_lines
+from stagecal.services.restoring import chosen_restore
 from stagecal.services.reuse import serve_from_staged
 
 MAXIMUM_LOSSES = 3
 REST = timedelta(seconds=30)
+# After its lease a job's wrapper looks once more, ends everything, and clocks may differ: then nothing of it lives.
+LEASE_GRACE = timedelta(minutes=10)
 _NO_NODE = "no node is fit"
 
 
@@ -47,6 +54,8 @@ def turns_of(site: Site, now: datetime) -> Turns:
 
 def step_accepted(site: Site, request: Request, now: datetime) -> Request:
     """ACCEPTED: serve it from what is staged, or wait for who makes it, or start a job when it is its turn."""
+    if request.origin is Origin.RESTORE:
+        return _dispatch(site, request, now) if turns_of(site, now).may_start(request.id) else request
     already = published_already(site, request)
     if already is not None:
         staging, files, absent = already
@@ -106,31 +115,38 @@ def _as_its_maker(site: Site, request: Request, now: datetime) -> Request | None
 
 
 def _dispatch(site: Site, request: Request, now: datetime) -> Request:
-    free = site.staging.free_bytes()
+    # What is restored stays in its job directory.
+    free = site.staging.free_bytes() if request.origin is not Origin.RESTORE else math.inf
     if free < site.config.staging.reserve_gb * 1e9:
         raise TransientError(
             f"the staging disk has {free / 1e9:.1f} GB free, less than the reserve of "
             f"{site.config.staging.reserve_gb:g} GB: delete staged data or make the disk larger"
         )
+    nonce = site.new_secret()
+    work = f"WORK{int(nonce[:7], 16)}"
+    label = _engine_job(site, replace(request, work=work)).label
     looks = site.nodes.loads()
-    label = site.engines.label(request.project)
-    limit = site.config.cluster.max_load_per_core
+    for look in looks:
+        if look.alarm:
+            alarm = alarm_mail(site, "a node shows another host key", look.trouble, now, about=look.name)
+            site.ledger.enqueue("", [alarm], now)
     avoid = frozenset(request.lost_on)
     # A site with a single fitting node has no other one to go to after its reboot.
     if {look.name for look in looks if not label or label in look.labels} <= avoid:
         avoid = frozenset()
-    node = choose_node(looks, label=label, max_load_per_core=limit, avoid=avoid)
-    opinions = explain_choice(looks, label=label, max_load_per_core=limit, avoid=avoid)
+    wanted = wanted_now(site, label, avoid)
+    node = choose_node(looks, wanted)
+    opinions = explain_choice(looks, wanted)
     seen = "; ".join(f"{opinion.name} {opinion.reason}" for opinion in opinions)
     if node is None:
         if not request.reason.startswith(_NO_NODE):
             site.ledger.note(request.id, Step("dispatch", "which node has low load?", seen, "none: wait"), now)
         return site.ledger.commit(request, now=now, not_before=now + REST, reason=f"{_NO_NODE}: {seen}")
-    nonce = site.new_secret()
-    job = JobHandle(node, f"WORK{int(nonce[:7], 16)}", nonce)
+    job = JobHandle(node, work, nonce)
     claimed = site.ledger.claim_slot(
         request,
         max_jobs=site.config.cluster.max_jobs,
+        max_on_node=wanted.limits.get(node),
         now=now,
         step=Step("dispatch", "which node has low load?", seen, f"{node}, {job.work}"),
         node=job.node,
@@ -141,39 +157,56 @@ def _dispatch(site: Site, request: Request, now: datetime) -> Request:
     return claimed or request
 
 
+def _engine_job(site: Site, request: Request) -> EngineJob:
+    return site.engines.job(request, chosen_restore(site, request))
+
+
 def step_dispatching(site: Site, request: Request, now: datetime) -> Request:
     """DISPATCHING: bring the job to its node and start it, at most once; look there again after any doubt."""
     job = handle_of(request)
+    if lease_is_over(request, now):
+        return _lost(site, request, f"{job.node} could not be reached before the lease of the job was over", now)
+    made = _engine_job(site, request)
+    # On record before the node can have it, and never longer there than here.
+    until = request.leased_until or lease_until(site, now)
+    request = site.ledger.commit(request, now=now, leased_until=until)
     try:
-        site.nodes.prepare(job, {**site.engines.job_files(request), "request.json": _record_of(request)})
-        site.nodes.launch(job, lease_until(site, now))
+        site.nodes.prepare(job, {**made.files, "request.json": _record_of(request)})
+        site.nodes.launch(job, until)
     except TransientError as trouble:
         # The answer may have been lost, not the job: only the job directory tells, and no other node is tried before.
-        state = site.nodes.poll(job).state
+        state = status_now(site, request, now).state
         if state not in (JobState.RUNNING, JobState.EXITED):
             if state is JobState.UNREACHABLE or request.attempts < MAXIMUM_LOSSES:
                 raise
             site.nodes.cancel(job)
-            if site.nodes.poll(job).state in (JobState.RUNNING, JobState.UNREACHABLE):
+            if status_now(site, request, now).state in (JobState.RUNNING, JobState.UNREACHABLE):
                 raise
             return _lost(site, request, f"{job.node} cannot start it ({trouble})", now)
     return site.ledger.commit(
         request,
         now=now,
         to=State.STAGING,
-        step=Step("launch", f"is {job.work} started on {job.node}?", "yes", "wait for its end"),
-        terminal=[
-            *terminal.dispatched(
-                job.node,
-                account_on(site, job.node),
-                str(site.nodes.directory(job)),
-                old_casa=site.engines.is_old(request.project),
-            ),
-            *terminal.checking(request.execution_blocks),
-            *terminal.not_found(request.execution_blocks[0]),
-            terminal.SUBMITTED,
-        ],
+        step=Step(
+            "launch",
+            f"is {job.work} started on {job.node}?",
+            f"yes, with the engine {made.engine}: {made.reason}",
+            "wait for its end",
+        ),
+        terminal=_started_lines(site, request, made, job),
     )
+
+
+def _started_lines(site: Site, request: Request, made: EngineJob, job: JobHandle) -> list[str]:
+    directory = str(site.nodes.directory(job))
+    if request.origin is Origin.RESTORE:
+        return terminal.restore_runs(request.id, directory)
+    return [
+        *terminal.dispatched(job.node, account_on(site, job.node), directory, old_casa=made.is_old),
+        *terminal.checking(request.execution_blocks),
+        *terminal.not_found(request.execution_blocks[0]),
+        terminal.SUBMITTED,
+    ]
 
 
 def _record_of(request: Request) -> bytes:
@@ -189,12 +222,19 @@ def _record_of(request: Request) -> bytes:
 def step_staging(site: Site, request: Request, now: datetime) -> Request:
     """STAGING: look after the job; collect its products when it ended well."""
     job = handle_of(request)
-    status = site.nodes.poll(job)
+    status = status_now(site, request, now)
     if status.state is JobState.RUNNING:
-        site.nodes.renew_lease(job, lease_until(site, now))
-        return site.ledger.commit(
-            request, now=now, not_before=now + poll_interval(site, request, now), attempts=0, reason=""
+        until = lease_until(site, now)
+        request = site.ledger.commit(
+            request,
+            now=now,
+            not_before=now + poll_interval(site, request, now),
+            attempts=0,
+            reason="",
+            leased_until=until,
         )
+        site.nodes.renew_lease(job, until)
+        return request
     if status.state is JobState.UNREACHABLE:
         rest = site.config.cluster.poll_interval_s
         if request.reason != status.detail:
@@ -206,11 +246,39 @@ def step_staging(site: Site, request: Request, now: datetime) -> Request:
         reason = f"the job on {job.node} ended with exit code {status.exit_code}"
         return fail(site, request, reason, now, job_is_dead=True)
     try:
-        return collect(site, request, now)
+        return collect_restored(site, request, now) if request.origin is Origin.RESTORE else collect(site, request, now)
     except ProductError as error:
         return fail(site, request, str(error), now, job_is_dead=True)
     except WithdrawnMeanwhileError:
         return site.ledger.get(request.id)
+
+
+def status_now(site: Site, request: Request, now: datetime) -> JobStatus:
+    """Return what is known of the request's job; what cannot be known is UNREACHABLE until the lease is over.
+
+    A job whose lease is over was ended by its wrapper on the node: then it is LOST, whether the node answers or not. A
+    node that answers what cannot be (another host key, damaged files) is for a person; its job keeps its slot.
+    """
+    try:
+        status = site.nodes.poll(handle_of(request))
+    except FatalError as trouble:
+        status = JobStatus(JobState.UNREACHABLE, detail=str(trouble))
+        _alarm(site, request, str(trouble), now)
+    if status.state is JobState.UNREACHABLE and lease_is_over(request, now):
+        detail = f"{request.node} has not answered since before the lease was over, with which the job ended itself"
+        return JobStatus(JobState.LOST, detail=f"{detail} ({status.detail})")
+    return status
+
+
+def lease_is_over(request: Request, now: datetime) -> bool:
+    """Return whether the request's job cannot live any more, because nobody has renewed its lease."""
+    return request.leased_until is not None and now >= request.leased_until + LEASE_GRACE
+
+
+def _alarm(site: Site, request: Request, trouble: str, now: datetime) -> None:
+    text = f"the job {request.work} of request {request.id} on {request.node} cannot be looked at: {trouble}"
+    mail = alarm_mail(site, "a job cannot be looked at", text, now, about=request.id)
+    site.ledger.enqueue(request.id, [mail], now)
 
 
 def _lost(site: Site, request: Request, detail: str, now: datetime) -> Request:
@@ -233,6 +301,7 @@ def _lost(site: Site, request: Request, detail: str, now: datetime) -> Request:
         node="",
         work="",
         nonce="",
+        leased_until=None,
     )
 
 
@@ -251,14 +320,23 @@ def fail(site: Site, request: Request, reason: str, now: datetime, *, job_is_dea
 
 def release_slot(site: Site, request: Request, now: datetime) -> Request:
     """End the job and give its slot back once it is proven dead."""
-    job = handle_of(request)
-    site.nodes.cancel(job)
-    status = site.nodes.poll(job)
+    status = ended_by_us(site, request, now)
     if status.state in (JobState.RUNNING, JobState.UNREACHABLE):
         return site.ledger.commit(request, now=now, not_before=now + timedelta(seconds=1))
     return site.ledger.commit(
         request, now=now, step=Step("cancel", "does the job live?", status.state, "slot free"), holds_slot=False
     )
+
+
+def ended_by_us(site: Site, request: Request, now: datetime) -> JobStatus:
+    """Tell the request's job to end, and return what is known of it then; a silent node is asked again later."""
+    trouble = ""
+    try:
+        site.nodes.cancel(handle_of(request))
+    except (TransientError, FatalError) as error:
+        trouble = str(error)
+    status = status_now(site, request, now)
+    return replace(status, detail=status.detail or trouble)
 
 
 def failure_lines(site: Site, request: Request) -> list[str]:
@@ -267,15 +345,27 @@ def failure_lines(site: Site, request: Request) -> list[str]:
     if work:
         with suppress(FatalError, TransientError):
             work = str(site.nodes.directory(handle_of(request)))
+    if request.origin is Origin.RESTORE:
+        return [f"Failed. Please investigate {work} on {request.node}" if work else "Failed. No job was started."]
     return terminal.failed(f"{site.config.staging.root}/{request.token or sanitized(request.mous)}", request.mous, work)
+
+
+def wanted_now(site: Site, label: str, avoid: frozenset[str]) -> Wanted:
+    """Return what a job with this label needs of a node, with the jobs of ours that are on the nodes now."""
+    cluster = site.config.cluster
+    return Wanted(
+        label=label,
+        max_load_per_core=cluster.max_load_per_core,
+        avoid=avoid,
+        jobs=Counter(request.node for request in site.ledger.open_requests() if request.holds_slot),
+        limits={node.name: node.max_jobs for node in cluster.nodes if node.max_jobs is not None},
+    )
 
 
 def node_overview(site: Site, label: str) -> list[dict[str, Any]]:
     """Return for each node what one look says, our jobs there, and whether a job with this label would go there."""
     looks = site.nodes.loads()
-    opinions = explain_choice(
-        looks, label=label, max_load_per_core=site.config.cluster.max_load_per_core, avoid=frozenset()
-    )
+    opinions = explain_choice(looks, wanted_now(site, label, frozenset()))
     jobs = [request for request in site.ledger.open_requests() if request.holds_slot]
     return [
         {

@@ -15,10 +15,20 @@ from datetime import datetime, timedelta
 from stagecal.domain.records import MailKind, RecipientState, Step
 from stagecal.domain.requests import WITHDRAWABLE, Outcome, Request, State, retry_delay
 from stagecal.ports import FatalError, JobState, StaleRequestError, TransientError
+from stagecal.services.alarms import alarm_mail
 from stagecal.services.context import STAGED_DATA_LOCK, Site
-from stagecal.services.dispatching import fail, handle_of, step_accepted, step_dispatching, step_staging
+from stagecal.services.dispatching import (
+    ended_by_us,
+    fail,
+    handle_of,
+    lease_is_over,
+    status_now,
+    step_accepted,
+    step_dispatching,
+    step_staging,
+)
 from stagecal.services.judging import step_received
-from stagecal.services.notifying import alarm_mail, mail_id_of, step_failed, step_refused, step_staged
+from stagecal.services.notifying import mail_id_of, step_failed, step_refused, step_staged
 from stagecal.services.publishing import stands_as_recorded
 
 log = logging.getLogger(__name__)
@@ -200,23 +210,29 @@ def withdraw_data(site: Site, request: Request, now: datetime) -> None:
 def step_withdrawing(site: Site, request: Request, now: datetime) -> Request:
     """WITHDRAWING: end what was begun for the request; its slot stays taken until its job is proven dead."""
     if request.holds_slot:
-        job = handle_of(request)
-        heir = _heir(site, request) if site.nodes.poll(job).state in (JobState.RUNNING, JobState.EXITED) else None
+        alive = status_now(site, request, now).state in (JobState.RUNNING, JobState.EXITED)
+        heir = _heir(site, request) if alive else None
         if heir is not None:
             with site.locks.try_lock(f"request-{heir.id}") as free:
                 if not free:
                     return site.ledger.commit(request, now=now, not_before=now + timedelta(seconds=1))
                 site.ledger.hand_over_job(request, heir, now)
             return site.ledger.get(request.id)
-        site.nodes.cancel(job)
-        status = site.nodes.poll(job)
+        status = ended_by_us(site, request, now)
         if status.state in (JobState.RUNNING, JobState.UNREACHABLE):
             return site.ledger.commit(request, now=now, not_before=now + timedelta(seconds=1))
         return site.ledger.commit(
             request, now=now, holds_slot=False, step=Step("cancel", "does the job live?", status.state, "slot free")
         )
     if request.work:
-        site.nodes.clean(handle_of(request))
+        try:
+            site.nodes.clean(handle_of(request))
+        except TransientError as trouble:
+            # A node that is gone for good must not keep a request for ever.
+            if not lease_is_over(request, now):
+                raise
+            left = Step("clean", request.work, f"left behind: {trouble}")
+            request = site.ledger.commit(request, now=now, step=left, work="")
     withdraw_data(site, request, now)
     return _close(site, request, now, Outcome.WITHDRAWN)
 

@@ -7,18 +7,19 @@ user's mail back.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import datetime, timedelta
 
 from stagecal.domain.identifiers import sanitized
-from stagecal.domain.mails import Mail, compose, message_id, quoted
+from stagecal.domain.mails import message_id, quoted
 from stagecal.domain.records import MailKind, NewMail, OutboxMail, Recipient, RecipientState, Step
 from stagecal.domain.requests import Origin, Outcome, Request, State, retry_delay
+from stagecal.domain.terminal import restoring
 from stagecal.domain.trigger import subject as request_subject
 from stagecal.domain.verdicts import Verdict, advice
 from stagecal.ports import FatalError, MailReply, RecipientResult, TransientError
+from stagecal.services.alarms import alarm_mail, new_mail
 from stagecal.services.context import Site
 from stagecal.services.dispatching import handle_of, release_slot
 from stagecal.services.judging import judge_request
@@ -37,46 +38,6 @@ LIFETIME = timedelta(days=5)
 def request_message_id(site_domain: str, trigger_name: str) -> str:
     """Return the Message-ID of the request mail that belongs to a trigger of this name."""
     return message_id(MailKind.REQUEST, trigger_name, site_domain)
-
-
-def _new_mail(
-    site: Site,
-    kind: MailKind,
-    identity: str,
-    *,
-    subject: str,
-    body: str,
-    to: Sequence[str],
-    now: datetime,
-    cc: Sequence[str] = (),
-    bcc: Sequence[str] = (),
-    reply_to: str = "",
-    in_reply_to: str = "",
-    is_reply: bool = False,
-) -> NewMail:
-    settings = site.config.mail
-    mail = Mail(
-        kind=kind,
-        subject=subject,
-        sender=settings.sender,
-        to=tuple(to),
-        cc=tuple(cc),
-        bcc=tuple(bcc),
-        reply_to=reply_to,
-        in_reply_to=in_reply_to,
-        auto_submitted="auto-replied" if is_reply else "auto-generated",
-        message_id=message_id(kind, identity, settings.message_id_domain),
-        body=body,
-    )
-    first = {address.casefold() for address in to}
-    return NewMail(
-        kind=kind,
-        message_id=mail.message_id,
-        sender=settings.envelope_sender or settings.sender,
-        primary=tuple(to),
-        copies=tuple(address for address in mail.recipients if address.casefold() not in first),
-        message=compose(mail, now),
-    )
 
 
 def _identity(request: Request) -> str:
@@ -102,7 +63,7 @@ def delivered_mail(site: Site, request: Request, now: datetime) -> NewMail:
         **page_values(site, request, files, absent, until),
         signature=settings.signature,
     )
-    return _new_mail(
+    return new_mail(
         site,
         MailKind.DELIVERED,
         _identity(request),
@@ -115,6 +76,33 @@ def delivered_mail(site: Site, request: Request, now: datetime) -> NewMail:
     )
 
 
+def restored_mail(site: Site, request: Request, now: datetime) -> NewMail:
+    """Return the mail that a restore is complete, with where its measurement sets lie."""
+    body = site.templates.render(
+        "mails/restored.txt",
+        mous=request.mous,
+        project=request.project,
+        lines=_lines_of_this_round(site, request),
+    )
+    return new_mail(
+        site,
+        MailKind.RESTORED,
+        _identity(request),
+        subject=f"Restored: calibrated data of MOUS {sanitized(request.mous)}",
+        body=body,
+        to=[request.email],
+        now=now,
+    )
+
+
+def _lines_of_this_round(site: Site, request: Request) -> list[str]:
+    """Return what the terminal shows since the restore was begun; what failed before a retry is no news."""
+    lines = [line for _, line in site.ledger.terminal(request.id)]
+    (first,) = restoring(request.mous)
+    begun = max((number for number, line in enumerate(lines) if line == first), default=0)
+    return lines[begun:]
+
+
 def refusal_mail(site: Site, request: Request, verdict: Verdict, now: datetime) -> NewMail:
     """Return the reply that refuses: the verdict above the quoted request."""
     settings = site.config.mail
@@ -123,16 +111,17 @@ def refusal_mail(site: Site, request: Request, verdict: Verdict, now: datetime) 
         verdict=verdict.value,
         advice=advice(verdict),
         detail=request.reason if verdict is Verdict.NOT_A_CALIBRATOR_FIELD else "",
-        quoted=quoted(request.trigger_text),
+        quoted=quoted(request.trigger_text or request.command_line),
     )
-    return _new_mail(
+    is_restore = request.origin is Origin.RESTORE
+    return new_mail(
         site,
         MailKind.REFUSAL,
         _identity(request),
         subject=f"Re: {request_subject(request.mous)}",
         body=body,
-        to=[request.contact],
-        cc=[settings.aog, settings.maintainer],
+        to=[request.email if is_restore else request.contact],
+        cc=[] if is_restore else [settings.aog, settings.maintainer],
         in_reply_to=_threading(site, request),
         is_reply=True,
         now=now,
@@ -155,13 +144,15 @@ def failed_mail(site: Site, request: Request, now: datetime) -> NewMail:
     except FatalError as error:
         # The one mail that tells of trouble must leave even if the trouble is the templates.
         body = "\n\n".join([str(error), *(f"{name}: {value}" for name, value in values.items())])
-    return _new_mail(
+    return new_mail(
         site,
         MailKind.FAILED,
         _identity(request),
-        subject=f"FAILED: calibrated data of MOUS {sanitized(request.mous)}, helpdesk ticket {request.ticket}",
+        subject=f"FAILED: calibrated data of MOUS {sanitized(request.mous)}"
+        + (f", helpdesk ticket {request.ticket}" if request.ticket else ""),
         body=body,
         to=[site.config.mail.maintainer],
+        cc=[request.email] if request.origin is Origin.RESTORE and request.email else [],
         now=now,
     )
 
@@ -186,7 +177,7 @@ def undeliverable_mail(site: Site, request: Request, mail: OutboxMail, now: date
         quoted=quoted(request.trigger_text),
     )
     settings = site.config.mail
-    return _new_mail(
+    return new_mail(
         site,
         MailKind.UNDELIVERABLE,
         f"{_identity(request)}/{request.since:%Y-%m-%dT%H:%M:%S}",
@@ -205,7 +196,7 @@ def malformed_mail(site: Site, name: str, digest: str, reason: str, text: str, c
     body = site.templates.render("mails/malformed.txt", name=name, reason=reason, quoted=quoted(text))
     settings = site.config.mail
     shown = "".join(character if character.isprintable() else "?" for character in name)[:120]
-    return _new_mail(
+    return new_mail(
         site,
         MailKind.MALFORMED,
         f"{name}/{digest}",
@@ -216,20 +207,6 @@ def malformed_mail(site: Site, name: str, digest: str, reason: str, text: str, c
         bcc=[settings.maintainer],
         in_reply_to=request_message_id(settings.message_id_domain, name),
         is_reply=True,
-        now=now,
-    )
-
-
-def alarm_mail(site: Site, what: str, text: str, now: datetime, *, about: str = "") -> NewMail:
-    """Return an alarm for the operators, at most one of a kind and `about` the same thing per day."""
-    return _new_mail(
-        site,
-        MailKind.ALARM,
-        f"{what}/{about}/{now:%Y-%m-%d}",
-        subject=f"stagecal: {what}",
-        body=site.templates.render("mails/alarm.txt", what=what, text=text),
-        to=[site.config.mail.maintainer],
-        cc=[site.config.mail.aog],
         now=now,
     )
 
@@ -310,7 +287,7 @@ def deliver_due(site: Site, now: datetime) -> datetime | None:
     return min(upcoming, default=None)
 
 
-_AWAITED = frozenset({MailKind.DELIVERED, MailKind.REFUSAL, MailKind.FAILED})
+_AWAITED = frozenset({MailKind.DELIVERED, MailKind.RESTORED, MailKind.REFUSAL, MailKind.FAILED})
 """The kinds that a step of their request sends itself."""
 
 
@@ -326,6 +303,8 @@ def _may_leave(site: Site, request: Request, mail: OutboxMail, now: datetime) ->
     current = mail.message_id == mail_id_of(site, request, MailKind.DELIVERED)
     if staging is None or staging.withdrawn_at is not None or not current or request.verdict is not None:
         return drop_pending(site, mail, request.verdict or "its data are no longer published")
+    if not site.ledger.staged_files(request.token)[0]:
+        return drop_pending(site, mail, "its data are rotten or not on record")
     if request.state is State.WITHDRAWING or request.outcome is Outcome.WITHDRAWN:
         return drop_pending(site, mail, "the request was withdrawn")
     if request.judged_on != now.date():
@@ -359,6 +338,8 @@ def _enqueued(site: Site, request: Request, mail: NewMail, now: datetime) -> Out
 
 def step_staged(site: Site, request: Request, now: datetime) -> Request:
     """STAGED: the data are there; the user gets the link, if he may still have it today."""
+    if request.origin is Origin.RESTORE:
+        return _restored(site, request, now)
     if request.work:
         return _cleaned(site, request, now)
     if not site.staging.is_published(request.token):
@@ -368,6 +349,14 @@ def step_staged(site: Site, request: Request, now: datetime) -> Request:
             to=State.FAILED,
             step=Step("notify", "is the directory there?", "no", "FAILED"),
             reason="the published directory is gone",
+        )
+    if not site.ledger.staged_files(request.token)[0]:
+        return site.ledger.commit(
+            request,
+            now=now,
+            to=State.FAILED,
+            step=Step("notify", "can the staged data be trusted?", "no", "FAILED"),
+            reason="its staged data are rotten or not on record (`stagecal why` says more); `retry` makes them anew",
         )
     if request.origin is Origin.OPERATOR:
         return _notified(site, request, now)
@@ -391,6 +380,24 @@ def step_staged(site: Site, request: Request, now: datetime) -> Request:
             mails=[undeliverable_mail(site, request, mail, now)],
         )
     return site.ledger.commit(request, now=now, not_before=mail.next_attempt, reason=mail.primary[0].text)
+
+
+def _restored(site: Site, request: Request, now: datetime) -> Request:
+    """Tell who asked for a restore that it is complete; an address that is refused changes nothing about the data."""
+    seen = "nobody to tell"
+    if request.email:
+        mail = deliver(site, _enqueued(site, request, restored_mail(site, request, now), now), now)
+        if not (mail.accepted or mail.refused):
+            return site.ledger.commit(request, now=now, not_before=mail.next_attempt, reason=mail.primary[0].text)
+        seen = "yes" if mail.accepted else f"refused for good: {mail.primary[0].text}"
+    return site.ledger.commit(
+        request,
+        now=now,
+        to=State.NOTIFIED,
+        step=Step("notify", "is the mail accepted?", seen, "delivered"),
+        outcome=Outcome.DELIVERED,
+        reason="",
+    )
 
 
 def _cleaned(site: Site, request: Request, now: datetime) -> Request:
@@ -431,10 +438,10 @@ def step_refused(site: Site, request: Request, now: datetime) -> Request:
         site.staging.withdraw(request.token)
         site.ledger.update_staging(replace(staging, withdrawn_at=now), now)
     verdict = request.verdict or Verdict.INVALID_MOUS_UID
-    if request.origin is Origin.OPERATOR:
+    if request.origin is Origin.OPERATOR or (request.origin is Origin.RESTORE and not request.email):
         return _refusal_told(site, request, now)
     mail = deliver(site, _enqueued(site, request, refusal_mail(site, request, verdict, now), now), now)
-    if mail.accepted:
+    if mail.accepted or (mail.refused and request.origin is Origin.RESTORE):
         return _refusal_told(site, request, now)
     if mail.refused:
         return site.ledger.commit(

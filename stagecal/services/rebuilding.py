@@ -18,6 +18,7 @@ from stagecal.domain.requests import Origin, Outcome, Request, State
 from stagecal.domain.retention import Staging
 from stagecal.ports import JobHandle, JobState
 from stagecal.services.context import Site
+from stagecal.services.dispatching import lease_until
 from stagecal.services.receiving import Receiver
 
 _WORK = re.compile(r"WORK[0-9]+")
@@ -198,4 +199,5 @@ def _adopt(site: Site, request: Request, found: Mapping[str, Any], handle: JobHa
         work=handle.work,
         nonce=handle.nonce,
         holds_slot=True,
+        leased_until=lease_until(site, now),
     )

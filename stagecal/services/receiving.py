@@ -18,8 +18,9 @@ from stagecal.domain.records import Step
 from stagecal.domain.requests import WITHDRAWABLE, Origin, Request, State, request_id
 from stagecal.domain.trigger import Incomplete, Trigger, decoded, is_terminated, parse, parse_trigger_name
 from stagecal.ports import DirectoryIdentity, FatalError, Listing, StaleRequestError, TransientError, TriggerEntry
+from stagecal.services.alarms import alarm_mail
 from stagecal.services.context import Site
-from stagecal.services.notifying import alarm_mail, malformed_mail
+from stagecal.services.notifying import malformed_mail
 
 log = logging.getLogger(__name__)
 

@@ -1,7 +1,8 @@
 """Serving a request from what is staged already, by hard links: no node, no slot, a moment's work.
 
 Products are the same only if their recipes are equal (domain/products.py). Each file is checked against what was
-recorded when it was made; one that vanished or changed ends the attempt, and nothing of it stays behind.
+recorded when it was made, and each measurement set is looked at inside its tar file; one that vanished, changed, or is
+known to be rotten ends the attempt, and nothing of it stays behind.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from stagecal.domain.records import ProductFile, Step
 from stagecal.domain.requests import Request, State
 from stagecal.domain.retention import Staging
 from stagecal.ports import SourceVanishedError, StagedFile
+from stagecal.services.alarms import alarm_mail
+from stagecal.services.collecting import ProductError, verify_packed
 from stagecal.services.context import STAGED_DATA_LOCK, Site
 from stagecal.services.publishing import publish, published_lines
 
@@ -27,14 +30,25 @@ def serve_from_staged(site: Site, request: Request, now: datetime) -> Request | 
         if source.recipe != request.recipe or source.withdrawn_at is not None or source.token == request.token:
             continue
         files, absent = site.ledger.staged_files(source.token)
+        if not files:
+            # Rot was found in it, or its files are not on record: the ledger gives nothing away.
+            _note(site, request, source, "cannot be trusted", now)
+            continue
         # Linking and sweeping exclude each other: a source cannot be taken away under our hands.
         with site.locks.lock(STAGED_DATA_LOCK):
             report = _report_of(site, source)
             linked = _link(site, request, source, files) if report is not None else None
         if report is None or linked is None:
             site.staging.discard(request.token)
-            seen = f"{masked_token(source.token)} is not as recorded"
-            site.ledger.note(request.id, Step("reuse", "does a staged directory hold it?", seen, "no"), now)
+            _note(site, request, source, "is not as recorded", now)
+            continue
+        try:
+            # What is looked at is what we hold ourselves now: nobody can take it away meanwhile.
+            verify_packed(site, request, [file.name for file in files if file.execution_block])
+        except ProductError as error:
+            site.staging.discard(request.token)
+            _note(site, request, source, f"is broken: {error}", now)
+            _alarm(site, source, str(error), now)
             continue
         by_block = {file.execution_block for file in files if file.execution_block}
         lines = [
@@ -57,6 +71,22 @@ def serve_from_staged(site: Site, request: Request, now: datetime) -> Request | 
             absent=absent,
         )
     return None
+
+
+def _note(site: Site, request: Request, source: Staging, what: str, now: datetime) -> None:
+    seen = f"{masked_token(source.token)} {what}"
+    site.ledger.note(request.id, Step("reuse", "does a staged directory hold it?", seen, "no"), now)
+
+
+def _alarm(site: Site, source: Staging, problem: str, now: datetime) -> None:
+    """Tell the operators of staged data that were healthy when they were published, once a day."""
+    text = (
+        f"{problem}. It stands as it was recorded in directory {masked_token(source.token)} of request "
+        f"{source.request}, and is served until {source.expires:%Y-%m-%dT%H:%M:%SZ}. It was not linked again; the "
+        "data are made anew."
+    )
+    mail = alarm_mail(site, "staged data are broken", text, now, about=source.token[:6])
+    site.ledger.enqueue(source.request, [mail], now)
 
 
 def _link(

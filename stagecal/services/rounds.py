@@ -16,10 +16,11 @@ from functools import partial
 from stagecal.domain.requests import Request, State
 from stagecal.domain.turns import Turns
 from stagecal.ports import FatalError, TransientError
+from stagecal.services.alarms import alarm_mail
 from stagecal.services.context import Site
 from stagecal.services.dispatching import turns_of
 from stagecal.services.life import advance, is_due
-from stagecal.services.notifying import alarm_mail, deliver_due
+from stagecal.services.notifying import deliver_due
 from stagecal.services.receiving import Receiver
 
 log = logging.getLogger(__name__)

@@ -1,24 +1,40 @@
-"""make_example_data.py OUTDIR EB...: raw data and calibration products of example EBs, made by CASA itself.
+"""make_example_data.py STORE MOUS...: what the archive would hold of example MOUSs, made by CASA itself.
 
-For each EB (uid___A002_X..._X... or uid://A002/X.../X...) this leaves, after about three seconds,
+Reads STORE/mous/<MOUS>.json, as `stagecal init` writes it (sessions, their execution blocks, the names of the archived
+files), and leaves, after some five seconds,
 
-    OUTDIR/<EB>/<EB>.ms                       a raw measurement set of 5 MB, laid out as importasdm leaves ALMA data
-    OUTDIR/<EB>/products/<EB>.caltables.tgz   its calibration tables: <EB>.ms.bandpass.tbl, <EB>.ms.gain.tbl
-    OUTDIR/<EB>/products/<EB>.ms.calapply.txt how they are applied, in the form of CASA's calibration library
+    STORE/raw/<EB>/                  a real ASDM for each execution block, also for those that were not calibrated
+    STORE/products/<MOUS>/<file>     the archived files that CASA makes: the calibration tables of each session, flag
+                                     versions, apply commands, auxiliary products
 
-OUTDIR/<EB> appears complete or not at all, and one that is there already is kept. The sources, their flux densities
-and intents are those of SOURCES; noise, receiver gains and the time depend on the EB, so that no two EBs are alike.
-Runs in the CASA worker environment. Exits 1 with a message on stderr if an EB could not be made.
+The archive's texts (manifest, restore script, ...) are not made here, they lie in products/ already. Each file and ASDM
+appears whole or not at all, what is there is kept, and processes that make the same MOUS wait for each other.
+
+Everything comes from a calibration that really happened: the simulated ASDM is imported, flagged, calibrated by tables
+that were derived from its calibrators, and its final flags are saved, in the order of the pipeline. With the option
+--keep-calibrated before STORE, the calibrated measurement sets stay in STORE/calibrated/<EB>.ms.
+
+The sources, their flux densities and intents are those of SOURCES; noise, receiver gains and the time depend on the EB,
+so that no two EBs are alike. Runs in the CASA worker environment. Exits 1 with a message on stderr if a MOUS could not
+be made.
 """
 
+import contextlib
+import copy
+import fcntl
+import glob
+import io
+import json
 import math
 import os
 import re
 import shutil
+import struct
 import sys
 import tarfile
 import tempfile
 import time
+import xml.etree.ElementTree as ElementTree
 import zlib
 
 ARGUMENTS = sys.argv[1:]
@@ -27,6 +43,9 @@ sys.argv = [sys.argv[0], "--noconfig"]
 _SITE_CONFIG = os.path.join(os.path.dirname(os.path.abspath(__file__)), "casasiteconfig.py")
 if os.path.exists(_SITE_CONFIG):
     os.environ["CASASITECONFIG"] = _SITE_CONFIG
+
+# Without any home directory CASA ends by a segmentation fault; that there is nothing does no harm.
+os.environ.setdefault("HOME", "/nonexistent")
 
 import casacore.tables as tables
 import numpy as np
@@ -51,6 +70,22 @@ STATES = 29
 SITE_LATITUDE, SITE_LONGITUDE = math.radians(-23.0229), math.radians(-67.7549)
 SITE_ITRF_M = np.array([2225142.18, -5440307.37, -2481029.85])
 EARTH_ROTATION = 7.2921159e-5  # rad/s
+# A subscan of the ASDM never reaches from one scan of a source into its next one.
+LONGEST_SUBSCAN_S = 70
+# The tables of an ASDM that hifa_restoredata keeps in the measurement set.
+VERBATIM_TABLES = (
+    "SBSummary ExecBlock Antenna Annotation Station Receiver Source CalAtmosphere CalWVR CalPointing Pointing"
+)
+EDGE_CHANNELS = 3
+BAD_ANTENNA_AND_SCAN = ("DA42", 5)
+FINAL_FLAGS = "Pipeline_Final"
+PIPELINE_DIRECTORY = "/opt/pipeline/spool/working/"
+# For each source: the pipeline's words for its intents, CASA's, and the field of the gains.
+APPLIED = (
+    ("AMPLITUDE,BANDPASS", "CALIBRATE_BANDPASS#ON_SOURCE,CALIBRATE_FLUX#ON_SOURCE", "0"),
+    ("PHASE", "CALIBRATE_PHASE#ON_SOURCE", "1"),
+    ("TARGET", "OBSERVE_TARGET#ON_SOURCE", "1"),
+)
 _UID = re.compile(r"uid___A00[0-9a-f]_X[0-9a-f]+_X[0-9a-f]+")
 
 
@@ -225,16 +260,15 @@ def write_subtables(ms, eb, start, end):
 
 def write_raw_ms(ms, eb):
     """Write the raw measurement set of this EB at the path `ms`, which must not exist."""
-    seed = zlib.crc32(eb.encode())
-    random = np.random.default_rng(seed)
-    start = (58000 + seed % 500) * 86400.0 + 3600.0
+    random = np.random.default_rng(zlib.crc32(eb.encode()))
+    start = start_of(eb)
     first_antenna, second_antenna = np.triu_indices(ANTENNAS, 1)
     baselines = len(first_antenna)
     windows = len(SCIENCE_WINDOWS)
     description, managers = main_table_layout()
     tables.default_ms(ms, description, managers).close()
-    duration = sum(count * INTEGRATION_S + SCAN_GAP_S for _, count in SCANS)
-    write_subtables(ms, eb, start, start + duration)
+    scans = list(scans_of(eb))
+    write_subtables(ms, eb, start, scans[-1][3])
 
     shape = (ANTENNAS, windows, CORRELATIONS)
     gains = random.uniform(0.8, 1.2, shape) * np.exp(2j * np.pi * random.random(shape))
@@ -247,11 +281,11 @@ def write_raw_ms(ms, eb):
 
     main = tables.table(ms, readonly=False, ack=False)
     main.putkeyword("SOURCE", "Table: " + os.path.abspath(ms) + "/SOURCE")
-    row, scan_start = 0, start
-    for scan, (source, count) in enumerate(SCANS, 1):
+    row = 0
+    for scan, source, scan_start, _ in scans:
         _, right_ascension, declination, flux, _ = SOURCES[source]
+        count = SCANS[scan - 1][1]
         times = scan_start + INTEGRATION_S * (np.arange(count) + 0.5)
-        scan_start += count * INTEGRATION_S + SCAN_GAP_S
         rows = count * windows * baselines
         grid = (count, windows, baselines)
         main.addrows(rows)
@@ -285,79 +319,348 @@ def write_raw_ms(ms, eb):
     main.close()
 
 
-def calibrate(directory, eb):
-    """Derive bandpass and gains from the calibrators of `directory`/<EB>.ms and pack them into products/."""
+# --- raw data as the archive keeps them -----------------------------------------------------------------------------
+
+
+def start_of(eb):
+    """Return when the EB began (MJD, seconds)."""
+    return (58000 + zlib.crc32(eb.encode()) % 500) * 86400.0 + 3600.0
+
+
+def scans_of(eb):
+    """Yield number, source, start and end (MJD, seconds) of each scan of the EB."""
+    start = start_of(eb)
+    for number, (source, count) in enumerate(SCANS, 1):
+        end = start + count * INTEGRATION_S
+        yield number, source, start, end
+        start = end + SCAN_GAP_S
+
+
+def make_asdm(eb, project_uid):
+    """Make the ASDM of an EB in the current directory."""
     import casatasks
 
-    ms, bandpass, gain = eb + ".ms", eb + ".ms.bandpass.tbl", eb + ".ms.gain.tbl"
-    products = os.path.join(directory, "products")
-    os.mkdir(products)
+    simulated, observed = eb + ".simulated.ms", eb + ".observed.ms"
+    write_raw_ms(simulated, eb)
+    # An ASDM can have neither windows without data nor windows of several receiver bands.
+    casatasks.mstransform(
+        vis=simulated, outputvis=observed, spw=",".join(str(window) for window in SCIENCE_WINDOWS), datacolumn="data",
+        reindex=True,
+    )  # fmt: skip
+    archive, file = eb.split("_")[3:5]
+    casatasks.exportasdm(
+        vis=observed, asdm=eb, datacolumn="DATA", archiveid=archive, rangeid=file,
+        subscanduration="%ds" % LONGEST_SUBSCAN_S, verbose=False,
+    )  # fmt: skip
+    for name in (simulated, observed):
+        shutil.rmtree(name)
+    give_scans_and_intents(eb)
+    exported = ("uid://%s/%s/X1" % (archive, file), uid_of(eb)), ("uid://SAFFEC0C0/X1/X2", project_uid)
+    for path in glob.glob(os.path.join(eb, "*.xml")):
+        with open(path, encoding="iso-8859-1") as table:
+            text = table.read()
+        for before, after in exported:
+            text = text.replace('"%s"' % before, '"%s"' % after)
+        with open(path, "w", encoding="iso-8859-1") as table:
+            table.write(text)
+
+
+def give_scans_and_intents(asdm):
+    """Divide the only scan that exportasdm writes into those of the observation, with their intents."""
+    ElementTree.register_namespace("xsi", "http://www.w3.org/2001/XMLSchema-instance")
+    paths = {name: os.path.join(asdm, name + ".xml") for name in ("Scan", "Subscan", "Main")}
+    trees = {name: ElementTree.parse(path) for name, path in paths.items()}
+    scans = list(scans_of(asdm))
+    numbers, subscans = {}, dict.fromkeys((number for number, _, _, _ in scans), 0)
+    for row in trees["Subscan"].getroot().findall("row"):
+        middle = sum(int(row.find(name).text) for name in ("startTime", "endTime")) / 2e9
+        (number,) = (number for number, _, start, end in scans if start <= middle <= end)
+        subscans[number] += 1
+        numbers[row.find("subscanNumber").text.strip()] = number, subscans[number]
+    for row in [row for name in ("Subscan", "Main") for row in trees[name].getroot().findall("row")]:
+        scan, subscan = numbers[row.find("subscanNumber").text.strip()]
+        row.find("scanNumber").text, row.find("subscanNumber").text = " %d " % scan, " %d " % subscan
+    table = trees["Scan"].getroot()
+    only = table.find("row")
+    table.remove(only)
+    for number, source, start, end in scans:
+        intents = [intent.split("#")[0] for intent in SOURCES[source][4].split(",")]
+        size = "1 %d " % len(intents)
+        values = {
+            "scanNumber": number, "startTime": round(start * 1e9), "endTime": round(end * 1e9),
+            "numIntent": len(intents), "numSubscan": subscans[number], "scanIntent": size + " ".join(intents),
+            "calDataType": size + " ".join(["FULL_RESOLUTION_CROSS"] * len(intents)),
+            "calibrationOnLine": size + " ".join(["false"] * len(intents)),
+        }  # fmt: skip
+        row = copy.deepcopy(only)
+        for name, value in values.items():
+            row.find(name).text = " %s " % value
+        table.append(row)
+    for name, tree in trees.items():
+        tree.write(paths[name], encoding="iso-8859-1", xml_declaration=True)
+    summary = os.path.join(asdm, "ASDM.xml")
+    with open(summary, encoding="iso-8859-1") as file:
+        text = re.sub("(<Name> Scan </Name> *<NumberRows>) 1 ", r"\g<1> %d " % len(scans), file.read())
+    with open(summary, "w", encoding="iso-8859-1") as file:
+        file.write(text)
+
+
+# --- the first calibration ------------------------------------------------------------------------------------------
+
+
+def calibrate(eb):
+    """Import, flag and calibrate the ASDM in the current directory, as the pipeline does; return its tables.
+
+    Leaves <EB>.ms with its flag versions, the two calibration tables and <EB>.ms.calapply.txt.
+    """
+    import casatasks
+
+    ms = eb + ".ms"
+    bandpass = ms + ".hifa_bandpass.s15_4.spw0_1.channel.solintinf.bcal.tbl"
+    gain = ms + ".hifa_timegaincal.s18_7.spw0_1.solintinf.gcal.tbl"
+    casatasks.importasdm(
+        asdm=eb, vis=ms, asis=VERBATIM_TABLES, ocorr_mode="ca", lazy=False, bdfflags=False, savecmds=False,
+        process_caldevice=False,
+    )  # fmt: skip
+    edges = "0~%d;%d~%d" % (EDGE_CHANNELS - 1, CHANNELS - EDGE_CHANNELS, CHANNELS - 1)
+    commands = ["mode='manual' spw='*:%s'" % edges, "mode='manual' antenna='%s' scan='%d'" % BAD_ANTENNA_AND_SCAN]
+    casatasks.flagdata(vis=ms, mode="list", inpfile=commands, flagbackup=False)
+    casatasks.flagmanager(
+        vis=ms, mode="save", versionname="after_deterministic_flagging", comment="Known before the calibration"
+    )
+    reference = {"refant": "DV01", "solint": "inf"}
+    bandpass_flux, phase_flux = ([source[3], 0, 0, 0] for source in SOURCES[:2])
+    casatasks.bandpass(
+        vis=ms, caltable=bandpass, field="0", combine="scan", solnorm=True, smodel=bandpass_flux, **reference
+    )
+    for field, flux in (("0", bandpass_flux), ("1", phase_flux)):
+        casatasks.gaincal(
+            vis=ms, caltable=gain, field=field, gaintype="G", calmode="ap", gaintable=[bandpass], smodel=flux,
+            append=field != "0", **reference,
+        )  # fmt: skip
+    lines = ["# Apply file for %s" % ms]
+    for field, (intents, casa_intents, gain_field) in enumerate(APPLIED):
+        common = {
+            "spw": "0,1", "gaintable": [bandpass, gain], "gainfield": ["0", gain_field], "spwmap": [[], []],
+            "interp": ["linear,linear", "linear,linear"], "calwt": [True, True],
+        }  # fmt: skip
+        casatasks.applycal(
+            vis=ms, field=str(field), intent=casa_intents, antenna="*&*", applymode="calflagstrict", flagbackup=False,
+            **common,
+        )  # fmt: skip
+        lines.append(apply_command(ms, SOURCES[field][0], intents, common))
+    casatasks.flagmanager(vis=ms, mode="save", versionname=FINAL_FLAGS, comment="Final pipeline flags")
+    with open(ms + ".calapply.txt", "w") as file:
+        file.write("\n".join(lines))
+    return [bandpass, gain]
+
+
+def apply_command(ms, field, intents, common):
+    """Return a line of calapply.txt: full paths of a machine that is not ours, and the pipeline's own intents."""
+    words = {
+        "vis": PIPELINE_DIRECTORY + ms, "field": field, "intent": intents, "spw": common["spw"],
+        "antenna": "0~%d" % (ANTENNAS - 1), "gaintable": [PIPELINE_DIRECTORY + name for name in common["gaintable"]],
+        **{name: common[name] for name in ("gainfield", "spwmap", "interp", "calwt")},
+    }  # fmt: skip
+    return "applycal(%s)" % ", ".join("%s=%r" % (name, value) for name, value in words.items())
+
+
+# --- the archived files ---------------------------------------------------------------------------------------------
+
+
+def write_product(path, name, sessions, tables):
+    """Write the archived file `name` at the path, of what lies in the current directory.
+
+    `sessions` has the calibrated EBs of each session, `tables` the calibration tables of each EB.
+    """
+    session = re.search(r"\.(session_\d+)\.(aux)?caltables\.tgz$", name)
+    of_eb = re.match(r"(uid_+\w+?)(?:_target)?\.ms\.(.*)$", name)
+    if session and session.group(2):
+        # The continuum fits of the pipeline; here tables of the same kind as the others stand for them.
+        pack(path, [(tables[eb][1], eb + "_target.ms.uvcont.tbl") for eb in sessions[session.group(1)]])
+    elif session:
+        pack(path, [(table, table) for eb in sessions[session.group(1)] for table in tables[eb]])
+    elif of_eb and of_eb.group(2) == "flagversions.tgz":
+        write_flag_versions(path, of_eb.group(1) + ".ms")
+    elif of_eb and of_eb.group(2) == "calapply.txt":
+        shutil.copyfile(name, path)
+    elif of_eb and of_eb.group(2) == "auxcalapply.txt":
+        with open(path, "w") as file:
+            file.write("# Apply file for %s_target.ms\n" % of_eb.group(1))
+    elif name.endswith(".auxproducts.tgz"):
+        write_auxiliary_products(path, [eb for ebs in sessions.values() for eb in ebs])
+    elif name.endswith(".fits"):
+        write_fits(path)
+    else:
+        raise ValueError("nobody knows how to make %s" % name)
+
+
+def pack(path, members, texts=()):
+    """Write a .tgz of directories, as (path, name in it), and of texts, as (name in it, text)."""
+    with tarfile.open(path, "w:gz") as archive:
+        for source, name in members:
+            archive.add(source, name)
+        for name, text in texts:
+            member = tarfile.TarInfo(name)
+            member.size = len(text.encode())
+            archive.addfile(member, io.BytesIO(text.encode()))
+
+
+def write_flag_versions(path, ms):
+    """Pack the flag versions that the pipeline packs, with a list of these only."""
+    comments = {}
+    with open(ms + ".flagversions/FLAG_VERSION_LIST") as file:
+        comments.update(line.rstrip("\n").split(" : ", 1) for line in file if " : " in line)
+    kept = (FINAL_FLAGS, "after_deterministic_flagging")
+    names = [ms + ".flagversions/flags." + version for version in kept]
+    listed = "".join("%s : %s\n" % (version, comments[version]) for version in kept)
+    pack(path, [(name, name) for name in names], [(ms + ".flagversions/FLAG_VERSION_LIST", listed)])
+
+
+def write_auxiliary_products(path, ebs):
+    """Pack the texts that went into the calibration beside the data."""
+    fluxes = ["ms,field,spw,I,Q,U,V,spix,comment"]
+    fluxes += [
+        "%s.ms,%d,%d,%g,0,0,0,0,# example" % (eb, field, window, SOURCES[field][3])
+        for eb in ebs for field in (0, 1) for window in (0, 1)
+    ]  # fmt: skip
+    template = "# Flag commands that a person adds for %s\n"
+    kinds = ("flagtemplate", "flagtsystemplate", "flagtargetstemplate")
+    texts = [("flux.csv", "\n".join(fluxes) + "\n"), ("antennapos.csv", "name,antenna,xoff,yoff,zoff,comment\n")]
+    texts += [("%s.%s.txt" % (eb, kind), template % eb) for eb in ebs for kind in kinds]
+    pack(path, [], texts)
+
+
+def write_fits(path):
+    """Write a small image of noise: 16 times 16 pixels of 32 bits."""
+    cards = ("SIMPLE", "T"), ("BITPIX", "-32"), ("NAXIS", "2"), ("NAXIS1", "16"), ("NAXIS2", "16")
+    header = "".join(("%-8s= %20s" % card).ljust(80) for card in cards) + "END"
+    pixels = np.random.default_rng(zlib.crc32(os.path.basename(path).encode())).normal(0, 1e-3, 256)
+    data = struct.pack(">256f", *pixels)
+    with open(path, "wb") as file:
+        file.write(header.ljust(2880).encode() + data.ljust(2880, b"\0"))
+
+
+# --- a MOUS, whole --------------------------------------------------------------------------------------------------
+
+
+def uid_of(name):
+    return name.replace("___", "://").replace("_", "/")
+
+
+def missing(store, spec):
+    """Return which EBs and which archived files of the MOUS the store does not have yet."""
+    products = os.path.join(store, "products", name_of(spec["mous"]))
+    ebs = [name_of(eb["uid"]) for session in spec["sessions"] for eb in session["execution_blocks"]]
+    return (
+        [eb for eb in ebs if not os.path.isdir(os.path.join(store, "raw", eb))],
+        [name for name in spec["files"] if not os.path.exists(os.path.join(products, name))],
+    )
+
+
+def name_of(uid):
+    return re.sub("[:/]", "_", uid)
+
+
+def make(store, mous, keep_calibrated):
+    """Make of a MOUS what the store does not have; return what to tell."""
+    with open(os.path.join(store, "mous", mous + ".json"), "r+", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        spec = json.load(file)
+        if not any(missing(store, spec)):
+            return "is there already"
+        begun = time.time()
+        for left_over in glob.glob(os.path.join(store, ".%s.*" % mous)):
+            shutil.rmtree(left_over)
+        workshop = tempfile.mkdtemp(prefix=".%s." % mous, dir=store)
+        try:
+            # Tables record the name of their measurement set: a relative one says nothing about this machine.
+            with inside(workshop), quiet():
+                make_all(spec)
+            publish(store, workshop, spec, keep_calibrated)
+        finally:
+            shutil.rmtree(workshop, ignore_errors=True)
+        return "made in %.1f s" % (time.time() - begun)
+
+
+@contextlib.contextmanager
+def quiet():
+    """Drop what CASA's libraries say on standard output, each flagged channel that has no solution among it."""
+    sys.stdout.flush()
+    with open(os.devnull, "wb") as nothing:
+        kept = os.dup(1)
+        os.dup2(nothing.fileno(), 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+@contextlib.contextmanager
+def inside(directory):
     before = os.getcwd()
-    # The tables record the name of their measurement set: a relative one says nothing about this machine.
     os.chdir(directory)
     try:
-        reference = {"refant": "DV01", "solint": "inf"}
-        bandpass_flux, phase_flux = ([source[3], 0, 0, 0] for source in SOURCES[:2])
-        casatasks.bandpass(
-            vis=ms, caltable=bandpass, field="0", combine="scan", solnorm=True, smodel=bandpass_flux, **reference
-        )
-        for field, flux in (("0", bandpass_flux), ("1", phase_flux)):
-            casatasks.gaincal(
-                vis=ms, caltable=gain, field=field, gaintype="G", calmode="ap", gaintable=[bandpass], smodel=flux,
-                append=field != "0", **reference,
-            )  # fmt: skip
+        yield
     finally:
         os.chdir(before)
-    with tarfile.open(os.path.join(products, eb + ".caltables.tgz"), "w:gz") as archive:
-        for table in (bandpass, gain):
-            archive.add(os.path.join(directory, table), table)
-            shutil.rmtree(os.path.join(directory, table))
-    with open(os.path.join(products, eb + ".ms.calapply.txt"), "w") as library:
-        library.write("caltable='%s' tinterp='nearest' calwt=True\n" % bandpass)
-        library.write("caltable='%s' tinterp='linear' calwt=True\n" % gain)
 
 
-def make(outdir, eb):
-    """Make OUTDIR/<EB> if it is not there; return what to tell."""
-    final = os.path.join(outdir, eb)
-    if os.path.isdir(final):
-        return "is there already"
-    begun = time.time()
-    temporary = tempfile.mkdtemp(prefix=".%s." % eb, dir=outdir)
-    try:
-        os.chmod(temporary, 0o755)
-        write_raw_ms(os.path.join(temporary, eb + ".ms"), eb)
-        calibrate(temporary, eb)
-        try:
-            os.rename(temporary, final)
-        except OSError:
-            # Somebody else was faster: theirs is as good as ours.
-            if not os.path.isdir(final):
-                raise
-            return "was made by another process"
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return "made in %.1f s" % (time.time() - begun)
+def make_all(spec):
+    """Make the ASDMs of all EBs, the first calibration and files/ in the current directory."""
+    sessions, tables = {}, {}
+    for session in spec["sessions"]:
+        for block in session["execution_blocks"]:
+            eb = name_of(block["uid"])
+            make_asdm(eb, spec["project_uid"])
+            if block["calibrated"]:
+                sessions.setdefault(session["name"], []).append(eb)
+                tables[eb] = calibrate(eb)
+    os.mkdir("files")
+    for name in spec["files"]:
+        write_product(os.path.join("files", name), name, sessions, tables)
+
+
+def publish(store, workshop, spec, keep_calibrated):
+    """Move what the store does not have yet to its place, each by one rename."""
+    products = os.path.join(store, "products", name_of(spec["mous"]))
+    places = [products, os.path.join(store, "raw")] + [os.path.join(store, "calibrated")] * keep_calibrated
+    for place in places:
+        os.makedirs(place, exist_ok=True)
+    ebs, files = missing(store, spec)
+    for name in files:
+        os.rename(os.path.join(workshop, "files", name), os.path.join(products, name))
+    for eb in ebs:
+        os.rename(os.path.join(workshop, eb), os.path.join(store, "raw", eb))
+        if keep_calibrated and os.path.isdir(os.path.join(workshop, eb + ".ms")):
+            os.rename(os.path.join(workshop, eb + ".ms"), os.path.join(store, "calibrated", eb + ".ms"))
 
 
 def main(arguments):
-    """Make every EB named; return the exit code."""
+    """Make every MOUS named; return the exit code."""
+    keep_calibrated = arguments[:1] == ["--keep-calibrated"]
+    arguments = arguments[keep_calibrated:]
     if len(arguments) < 2:
-        sys.stderr.write("usage: make_example_data.py OUTDIR EB...\n")
+        sys.stderr.write("usage: make_example_data.py [--keep-calibrated] STORE MOUS...\n")
         return 2
-    outdir, ebs = arguments[0], [re.sub("[:/]", "_", eb) for eb in arguments[1:]]
-    for eb in ebs:
-        if not _UID.fullmatch(eb):
-            sys.stderr.write("make_example_data.py: %r is no UID of an execution block\n" % eb)
+    store, mouses = os.path.abspath(arguments[0]), [name_of(mous) for mous in arguments[1:]]
+    for mous in mouses:
+        if not _UID.fullmatch(mous):
+            sys.stderr.write("make_example_data.py: %r is no UID of a MOUS\n" % mous)
             return 2
-    os.makedirs(outdir, exist_ok=True)
-    for eb in ebs:
+    import casatasks
+
+    # That the example has neither weather nor pointings is no news.
+    casatasks.casalog.filter("SEVERE")
+    for mous in mouses:
         try:
-            told = make(outdir, eb)
+            told = make(store, mous, keep_calibrated)
         except Exception as error:
-            sys.stderr.write("make_example_data.py: %s could not be made: %s\n" % (eb, error))
+            trouble = "%s: %s" % (type(error).__name__, error)
+            sys.stderr.write("make_example_data.py: %s could not be made: %s\n" % (mous, trouble))
             return 1
-        print("%s %s" % (eb, told), flush=True)
+        print("%s %s" % (mous, told), flush=True)
     return 0
 
 

@@ -1,9 +1,9 @@
 #!/bin/sh
-# fetch_raw.sh EB_UID: copies the data of an execution block from the store into the current directory.
+# fetch_raw.sh EB_UID: copies the raw data (ASDM) of an execution block from the store into the current directory.
 #
-# The store is the directory of this script, with one directory per EB (uid___A002_X..._X...), which appears here under
-# that name, whole or not at all, as asdmExportLight leaves it. Both forms of a UID are taken. An EB that is not in the
-# store is first made by the program "make" of the store, if it has one (called as: make uid___A002_X..._X...).
+# The store is the directory of this script, with the ASDMs in raw/ (uid___A002_X..._X...). One appears here under that
+# name, whole or not at all, as asdmExportLight leaves it. Both forms of a UID are taken. An EB that is not there is
+# first made by the program "make" of the store, if it has one (called as: make uid___A002_X..._X...).
 # Exit code 1 with a message on stderr if the EB is unknown or cannot be copied.
 set -eu
 
@@ -25,13 +25,13 @@ esac
 
 store=$(cd "$(dirname "$0")" && pwd)
 [ ! -e "$execution_block" ] || fail "$execution_block is already in the current directory"
-if [ ! -d "$store/$execution_block" ] && [ -x "$store/make" ]; then
+if [ ! -d "$store/raw/$execution_block" ] && [ -x "$store/make" ]; then
     "$store/make" "$execution_block" || fail "$execution_block could not be made"
 fi
-[ -d "$store/$execution_block" ] || fail "the store has no execution block $execution_block"
+[ -d "$store/raw/$execution_block" ] || fail "the store has no execution block $execution_block"
 
 partial=.$execution_block.$$
 trap 'rm -rf "$partial"' EXIT
 trap 'exit 1' HUP INT TERM
-cp -R "$store/$execution_block" "$partial" || fail "$execution_block could not be copied"
+cp -R "$store/raw/$execution_block" "$partial" || fail "$execution_block could not be copied"
 mv "$partial" "$execution_block"

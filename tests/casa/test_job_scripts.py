@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from casa_jobs import FIRST, SECOND, TEMPLATES, render, sanitized
+from casa_jobs import FIRST, MOUS, SECOND, TEMPLATES, render, sanitized
 
 RECORD = """#!/bin/sh
 { pwd; printf '%s\\n' "${STAGECAL_CASA_HOME-none}"; for word in "$@"; do printf '%s\\n' "$word"; done; } > "$RECORD"
@@ -86,63 +86,111 @@ def test_the_exit_code_of_the_sites_command_is_the_jobs(tmp_path: Path) -> None:
     assert failure.value.returncode == 3
 
 
+PRODUCT, MISSING = f"{sanitized(FIRST)}.ms.calapply.txt", f"{sanitized(SECOND)}.ms.calapply.txt"
+
+
 @pytest.fixture
 def plain_store(tmp_path: Path) -> Path:
-    """A store with one EB, made of plain files."""
+    """A store with one EB and one archived file, made of plain files."""
     store = tmp_path / "store"
-    (store / sanitized(FIRST) / "products").mkdir(parents=True)
-    (store / sanitized(FIRST) / "products" / "a").write_text("data")
-    shutil.copy(TEMPLATES / "store" / "fetch_raw.sh", store)
+    (store / "raw" / sanitized(FIRST) / "ASDMBinary").mkdir(parents=True)
+    (store / "raw" / sanitized(FIRST) / "ASDMBinary" / "a").write_text("data")
+    (store / "products" / sanitized(MOUS)).mkdir(parents=True)
+    (store / "products" / sanitized(MOUS) / PRODUCT).write_text("applycal()")
+    for name in ("fetch_raw.sh", "fetch_product.sh"):
+        shutil.copy(TEMPLATES / "store" / name, store)
     return store
 
 
-def fetch_raw(store: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    rawdata = store.parent / "rawdata"
-    rawdata.mkdir(exist_ok=True)
+def fetch(store: Path, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    here = store.parent / "here"
+    here.mkdir(exist_ok=True)
     return subprocess.run(
-        [store / "fetch_raw.sh", *arguments], cwd=rawdata, capture_output=True, text=True, timeout=30, check=False
+        [store / program, *arguments], cwd=here, capture_output=True, text=True, timeout=30, check=False
     )
 
 
 @pytest.mark.parametrize("uid", [FIRST, sanitized(FIRST)])
 def test_the_store_gives_an_eb_by_either_form_of_its_uid(plain_store: Path, uid: str) -> None:
-    assert fetch_raw(plain_store, uid).returncode == 0
-    rawdata = plain_store.parent / "rawdata"
-    assert [path.name for path in rawdata.iterdir()] == [sanitized(FIRST)]
-    assert (rawdata / sanitized(FIRST) / "products" / "a").read_text() == "data"
+    assert fetch(plain_store, "fetch_raw.sh", uid).returncode == 0
+    here = plain_store.parent / "here"
+    assert [path.name for path in here.iterdir()] == [sanitized(FIRST)]
+    assert (here / sanitized(FIRST) / "ASDMBinary" / "a").read_text() == "data"
 
 
-@pytest.mark.parametrize("arguments", [(SECOND,), (), ("..",), ("uid://A002/X1/X1/../..",), (FIRST, FIRST), ("-r",)])
-def test_the_store_refuses_what_it_does_not_have(plain_store: Path, arguments: tuple[str, ...]) -> None:
-    done = fetch_raw(plain_store, *arguments)
+def test_the_store_gives_an_archived_file_by_its_name(plain_store: Path) -> None:
+    assert fetch(plain_store, "fetch_product.sh", PRODUCT).returncode == 0
+    here = plain_store.parent / "here"
+    assert [path.name for path in here.iterdir()] == [PRODUCT]
+    assert (here / PRODUCT).read_text() == "applycal()"
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [
+        *(
+            ("fetch_raw.sh", words)
+            for words in ((SECOND,), (), ("..",), ("uid://A002/X1/X1/../..",), (FIRST, FIRST), ("-r",))
+        ),
+        *(
+            ("fetch_product.sh", words)
+            for words in ((MISSING,), (), ("..",), ("",), (f"../{PRODUCT}",), (PRODUCT, PRODUCT), ("-r",), ("*.txt",))
+        ),
+    ],
+)
+def test_the_store_refuses_what_it_does_not_have(plain_store: Path, script: str, arguments: tuple[str, ...]) -> None:
+    done = fetch(plain_store, script, *arguments)
     assert done.returncode == 1
-    assert done.stderr.startswith("fetch_raw.sh: ")
-    assert list((plain_store.parent / "rawdata").iterdir()) == []
+    assert done.stderr.startswith(f"{script}: ")
+    assert list((plain_store.parent / "here").iterdir()) == []
 
 
-def test_the_store_makes_an_eb_at_first_use_only(plain_store: Path) -> None:
-    program(plain_store / "make", '#!/bin/sh\ncd "$(dirname "$0")"; echo "$1" >> made; mkdir "$1"\n')
-    assert fetch_raw(plain_store, FIRST).returncode == 0
+@pytest.mark.parametrize("script", ["fetch_raw.sh", "fetch_product.sh"])
+def test_the_store_never_writes_over_what_is_there(plain_store: Path, script: str) -> None:
+    name = {"fetch_raw.sh": sanitized(FIRST), "fetch_product.sh": PRODUCT}[script]
+    assert fetch(plain_store, script, name).returncode == 0
+    again = fetch(plain_store, script, name)
+    assert again.returncode == 1
+    assert f"{name} is already in the current directory" in again.stderr
+
+
+def test_the_store_makes_what_it_lacks_at_first_use_only(plain_store: Path) -> None:
+    makes = f'mkdir -p "raw/$1"; touch "products/{sanitized(MOUS)}/$1"'
+    program(plain_store / "make", f'#!/bin/sh\ncd "$(dirname "$0")"; echo "$1" >> made; {makes}\n')
+    assert fetch(plain_store, "fetch_raw.sh", FIRST).returncode == 0
+    assert fetch(plain_store, "fetch_product.sh", PRODUCT).returncode == 0
     assert not (plain_store / "made").exists()
-    assert fetch_raw(plain_store, SECOND).returncode == 0
-    assert (plain_store / "made").read_text().splitlines() == [sanitized(SECOND)]
+    assert fetch(plain_store, "fetch_raw.sh", SECOND).returncode == 0
+    assert fetch(plain_store, "fetch_product.sh", MISSING).returncode == 0
+    assert (plain_store / "made").read_text().splitlines() == [sanitized(SECOND), MISSING]
 
 
-def test_the_example_store_makes_no_eb_that_it_does_not_list(plain_store: Path) -> None:
+@pytest.mark.parametrize("name", [SECOND, MISSING])
+def test_the_example_store_makes_nothing_that_it_does_not_list(plain_store: Path, name: str) -> None:
     shutil.copy(TEMPLATES / "store" / "make", plain_store)
-    (plain_store / "execution_blocks").write_text(sanitized(FIRST) + "\n")
-    done = fetch_raw(plain_store, SECOND)
+    (plain_store / "index").write_text(f"{sanitized(FIRST)} {sanitized(MOUS)}\n{PRODUCT} {sanitized(MOUS)}\n")
+    done = fetch(plain_store, "fetch_raw.sh" if name == SECOND else "fetch_product.sh", name)
     assert done.returncode == 1
-    assert f"does not know the execution block {sanitized(SECOND)}" in done.stderr
+    assert f"the store does not know {sanitized(name)}" in done.stderr
+
+
+def test_the_example_store_makes_the_mous_to_which_a_name_belongs(plain_store: Path, tmp_path: Path) -> None:
+    shutil.copy(TEMPLATES / "store" / "make", plain_store)
+    (plain_store / "index").write_text(f"{PRODUCT} uid___A001_X1_X1\n{MISSING} {sanitized(MOUS)}\n")
+    worker = program(tmp_path / "worker", '#!/bin/sh\necho "$@" >"$RECORD"\n')
+    environment = {"PATH": "/usr/bin:/bin", "RECORD": str(tmp_path / "record"), "STAGECAL_CASA_WORKER": str(worker)}
+    subprocess.run([plain_store / "make", MISSING], env=environment, timeout=30, check=True)
+    words = (tmp_path / "record").read_text().split()
+    assert words == ["-E", "-s", f"{plain_store}/make_example_data.py", str(plain_store), sanitized(MOUS)]
 
 
 def test_the_scripts_are_plain_posix_shell() -> None:
     values = {
-        "worker_python": "/p", "raw_fetch": ["f"], "execution_blocks": [FIRST], "command": "/c", "project": "p",
-        "mous": "m", "calfields": ["c"], "casa_home": "/h",
+        "python": ["/p"], "raw_fetch": ["f"], "execution_blocks": [FIRST], "command": "/c", "project": "p",
+        "mous": "m", "calfields": ["c"], "casa_home": "/h", "area": ".", "raw_size": [], "disk_factor": 14,
     }  # fmt: skip
     scripts = [render(f"job/{name}", **values) for name in ("run_casatasks.sh", "run_command.sh")]
-    scripts += [(TEMPLATES / "store" / name).read_text() for name in ("fetch_raw.sh", "make")]
+    scripts += [(TEMPLATES / "store" / name).read_text() for name in ("fetch_raw.sh", "fetch_product.sh", "make")]
     for script in scripts:
         assert script.startswith("#!/bin/sh\n")
         assert "[[" not in script

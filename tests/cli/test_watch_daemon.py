@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from stagecal import wiring
 from stagecal.domain.requests import Outcome, State
 from stagecal.ports import JobHandle, JobState
 from tests.cli.conftest import Commands, wait_until
@@ -156,6 +157,41 @@ def test_a_hangup_does_not_end_it(commands: Commands) -> None:
     commands.site.place()
     wait_until(all_closed(commands.site), "the delivery")
     assert commands.end(process, signal.SIGTERM).code == 0
+
+
+# --- the scrub -----------------------------------------------------------------------------------------------------
+
+
+def test_the_daemon_verifies_what_is_staged_beside_its_work_and_tells_of_rot(commands: Commands) -> None:
+    site = commands.site
+    site.place()
+    assert commands.run("stagecal", "watch", "--until-idle").code == 0
+    request = site.only()
+    (tar,) = (site.config.staging.root / request.token).glob("*.tar")
+    before = tar.stat()
+    tar.chmod(0o644)
+    with tar.open("r+b") as file:
+        file.write(b"?")
+    tar.chmod(0o444)
+    os.utime(tar, ns=(before.st_atime_ns, before.st_mtime_ns))
+    process = watching(commands)
+    wait_until(lambda: any("staged data are rotten" in mail for mail in site.mails()), "the alarm", seconds=15)
+    assert "is rotten" in commands.run("stagecal", "why", request.id).out
+    assert "is rotten" in commands.run("stagecal", "status", request.id).out
+    told = time.monotonic()
+    assert commands.end(process, signal.SIGTERM).code == 0
+    assert time.monotonic() - told < 3, "nobody waits for the scrub"
+
+
+def test_a_pace_of_0_switches_the_scrub_off(commands: Commands) -> None:
+    commands.config.write_text(commands.config.read_text().replace("[staging]", "[staging]\nscrub_mb_s = 0"))
+    commands.site.place()
+    process = watching(commands)
+    wait_until(all_closed(commands.site), "the delivery")
+    assert commands.end(process, signal.SIGTERM).code == 0
+    ledger = wiring.ledger(commands.site.config)
+    assert ledger.oldest_verification() == (1, None)
+    ledger.close()
 
 
 # --- the trigger directory -----------------------------------------------------------------------------------------

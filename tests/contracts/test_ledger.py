@@ -5,6 +5,7 @@ The suite runs over every adapter; what only concerns the SQLite file and its si
 
 from __future__ import annotations
 
+import json
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
@@ -132,6 +133,9 @@ def test_every_field_of_a_request_survives(ledger: SqliteLedger, opened: Callabl
         wish="retry",
         waits_for="f" * 16,
         failed_with="e" * 16,
+        engine="casatasks",
+        casa_home="/opt/casa",
+        leased_until=NOW,
     )
     unset = [field.name for field in fields(Request) if getattr(request, field.name) in ("", (), None, 0, False)]
     assert unset == [], "every field is tried"
@@ -250,6 +254,20 @@ def test_a_slot_that_is_given_back_can_be_claimed(ledger: SqliteLedger) -> None:
     assert ledger.claim_slot(second, max_jobs=1, now=NOW, step=STEP) is not None
 
 
+def test_a_node_gets_no_more_slots_than_it_may_have(ledger: SqliteLedger) -> None:
+    requests = [added(ledger, number, state=State.ACCEPTED) for number in (1, 2, 3)]
+
+    def claim(request: Request, node: str) -> Request | None:
+        return ledger.claim_slot(
+            request, max_jobs=9, max_on_node=1, now=NOW, step=STEP, node=node, work="WORK1", nonce="x"
+        )
+
+    assert claim(requests[0], "a") is not None
+    assert claim(requests[1], "a") is None
+    assert claim(requests[1], "b") is not None
+    assert ledger.claim_slot(requests[2], max_jobs=9, now=NOW, step=STEP, node="a", work="W", nonce="x") is not None
+
+
 def test_a_job_that_is_handed_over_takes_its_slot_with_it(ledger: SqliteLedger) -> None:
     maker = added(ledger, 1, state=State.WITHDRAWING, holds_slot=True, node="n", work="WORK1", nonce="x")
     heir = added(ledger, 2, state=State.ACCEPTED, not_before=NOW)
@@ -332,6 +350,122 @@ def test_what_is_known_is_not_overwritten_by_a_restoration(ledger: SqliteLedger)
     ledger.restore(a_request(state=State.RECEIVED), a_staging(), (), ())
     assert ledger.get(request.id).state is State.ACCEPTED
     assert ledger.staging(TOKEN).extension_days == 4 and len(ledger.staged_files(TOKEN)[0]) == 2
+
+
+# --- verification --------------------------------------------------------------------------------------------------
+
+OTHER = "f" * 32
+WEEK = timedelta(days=7)
+PRODUCT, PAPER = FILES
+
+
+def linked(
+    ledger: SqliteLedger, number: int, token: str, files: tuple[ProductFile, ...] = FILES, **changes: object
+) -> Request:
+    """A request whose directory holds these files."""
+    staging = a_staging(token, request=f"{number:016x}", **changes)
+    return ledger.commit(added(ledger, number), now=NOW, staging=staging, files=files)
+
+
+def test_what_was_never_read_is_due_first_then_what_was_begun_longest_ago(ledger: SqliteLedger) -> None:
+    assert ledger.next_to_verify(NOW) is None and ledger.oldest_verification() == (0, None)
+    linked(ledger, 1, TOKEN)
+    assert ledger.oldest_verification() == (2, None)
+    assert ledger.next_to_verify(NOW) == (TOKEN, PAPER)
+    ledger.record_begun(PAPER, NOW)
+    assert ledger.next_to_verify(NOW) == (TOKEN, PRODUCT), "what was interrupted waits for the others"
+    ledger.record_begun(PRODUCT, NOW + timedelta(seconds=1))
+    assert ledger.next_to_verify(NOW) == (TOKEN, PAPER)
+    ledger.record_verified(PAPER, NOW + timedelta(seconds=2))
+    assert ledger.next_to_verify(NOW) == (TOKEN, PRODUCT)
+    ledger.record_verified(PRODUCT, NOW + timedelta(seconds=3))
+    assert ledger.next_to_verify(NOW) is None
+    assert ledger.oldest_verification() == (0, NOW + timedelta(seconds=2))
+    assert ledger.next_to_verify(NOW + timedelta(seconds=3)) == (TOKEN, PAPER)
+    assert ledger.next_to_verify(NOW + timedelta(seconds=2)) is None, "at that very moment it counts still"
+
+
+def test_a_file_is_one_however_many_tokens_link_it(ledger: SqliteLedger, opened: Callable[[], SqliteLedger]) -> None:
+    linked(ledger, 1, TOKEN, (PRODUCT,))
+    linked(ledger, 2, OTHER, (replace(PRODUCT, name="b.tar"),))
+    assert ledger.oldest_verification() == (1, None)
+    ledger.record_verified(PRODUCT, NOW)
+    assert opened().next_to_verify(NOW) is None
+    linked(ledger, 3, "a" * 32, (PRODUCT,))
+    assert ledger.next_to_verify(NOW) is None and ledger.oldest_verification() == (0, NOW)
+    for changed in ({"inode": 7}, {"modified_ns": 7}, {"sha256": "77" * 32}, {"device": 7}):
+        linked(ledger, 10 + len(ledger.requests()), f"{len(ledger.requests()):032x}", (replace(PRODUCT, **changed),))
+    assert ledger.oldest_verification() == (4, NOW), "another inode, time, content or device is another file"
+
+
+def test_what_is_out_of_reach_is_not_verified_and_forgotten_with_its_last_link(ledger: SqliteLedger) -> None:
+    linked(ledger, 1, TOKEN, (PRODUCT,))
+    linked(ledger, 2, OTHER, (PRODUCT,))
+    ledger.record_verified(PRODUCT, NOW)
+    for token, request in ((TOKEN, 1), (OTHER, 2)):
+        assert ledger.oldest_verification() == (0, NOW)
+        gone = a_staging(token, request=f"{request:016x}", withdrawn_at=NOW)
+        ledger.update_staging(gone, NOW)
+        ledger.update_staging(replace(gone, purged_at=NOW), NOW)
+    assert ledger.oldest_verification() == (0, None)
+    linked(ledger, 3, "a" * 32, (PRODUCT,))
+    assert ledger.next_to_verify(NOW) is not None, "who gets the same numbers again is not verified by them"
+
+
+def test_a_rotten_file_is_given_to_nobody_and_noted_in_every_request_that_holds_it(
+    ledger: SqliteLedger, opened: Callable[[], SqliteLedger]
+) -> None:
+    first, second = linked(ledger, 1, TOKEN, extension_days=1), linked(ledger, 2, OTHER)
+    third = linked(ledger, 3, "a" * 32, (replace(PRODUCT, inode=7), PAPER))
+    step = Step("scrub", "as recorded?", "it is rotten", "never linked again")
+    assert ledger.record_rotten(PRODUCT, "", "why", step, NOW)
+    assert not ledger.record_rotten(PRODUCT, "", "again", step, NOW), "once for all"
+    other = opened()
+    for request, token in ((first, TOKEN), (second, OTHER)):
+        assert other.staged_files(token)[0] == []
+        assert [one.step for one in other.steps(request.id)].count(step) == 1
+        assert other.get(request.id) == replace(request, reason="it is rotten")
+    assert len(other.staged_files("a" * 32)[0]) == 2 and other.get(third.id) == third
+    found = other.holders(PRODUCT)
+    assert [staging.token for staging, _, _ in found] == [OTHER, TOKEN], "by their expiry"
+    assert [request and request.id for _, _, request in found] == [second.id, first.id]
+    assert other.untold_rotten() == [(PRODUCT, "", "why", NOW)]
+    # Who linked it in the same moment holds it too; what else was read is due all the same.
+    linked(ledger, 4, "b" * 32)
+    assert ledger.staged_files("b" * 32)[0] == []
+    ledger.record_verified(PAPER, NOW)
+    assert ledger.next_to_verify(NOW) == ("a" * 32, replace(PRODUCT, inode=7))
+
+
+def test_what_is_rotten_in_one_directory_is_good_in_the_others(ledger: SqliteLedger) -> None:
+    first, second = linked(ledger, 1, TOKEN), linked(ledger, 2, OTHER)
+    assert ledger.record_rotten(PRODUCT, TOKEN, "gone", STEP, NOW)
+    assert ledger.staged_files(TOKEN)[0] == [] and len(ledger.staged_files(OTHER)[0]) == 2
+    assert [request and request.id for _, _, request in ledger.holders(PRODUCT, TOKEN)] == [first.id]
+    assert len(ledger.steps(second.id)) == 1
+    ledger.record_verified(PAPER, NOW)
+    assert ledger.next_to_verify(NOW) == (OTHER, PRODUCT)
+    assert ledger.untold_rotten() == [(PRODUCT, TOKEN, "gone", NOW)]
+    assert ledger.record_rotten(PRODUCT, "", "flipped", STEP, NOW), "and may rot as a whole later"
+
+
+def test_rot_is_told_together_with_its_mail_or_not_at_all(ledger: SqliteLedger) -> None:
+    linked(ledger, 1, TOKEN)
+    for file in FILES:
+        ledger.record_rotten(file, "", "why", STEP, NOW)
+    assert ledger.last_told() is None and len(ledger.untold_rotten()) == 2
+    with pytest.raises(FatalError):
+        ledger.tell_rotten([(PAPER, object())], a_mail(), NOW)
+    assert len(ledger.untold_rotten()) == 2 and ledger.unsent_mails() == []
+    ledger.tell_rotten([(PAPER, "")], a_mail(), NOW)
+    assert [file for file, *_ in ledger.untold_rotten()] == [PRODUCT]
+    assert ledger.last_told() == NOW and len(ledger.unsent_mails()) == 1
+
+
+def test_a_file_of_a_directory_without_request_can_rot_too(ledger: SqliteLedger) -> None:
+    ledger.restore(None, a_staging(), FILES, ())
+    assert ledger.record_rotten(PRODUCT, "", "why", STEP, NOW)
+    assert [request for _, _, request in ledger.holders(PRODUCT)] == [None]
 
 
 # --- the rest ------------------------------------------------------------------------------------------------------
@@ -428,6 +562,65 @@ def test_a_ledger_that_cannot_be_trusted_is_fatal_and_says_what_to_do(tmp_path: 
         made.close()
 
 
+FORMER = ["DROP TABLE verifications", "DROP TABLE rotten", "DROP INDEX files_by_inode"]
+FORMER += [f"ALTER TABLE requests DROP COLUMN {name}" for name in ("engine", "casa_home", "leased_until")]
+
+
+def made_former(path: Path) -> None:
+    """Make a ledger what version 1 of it was."""
+    database = sqlite3.connect(path / "stagecal.db", isolation_level=None)
+    for statement in [*FORMER, "PRAGMA user_version = 1"]:
+        database.execute(statement)
+    database.close()
+
+
+def schema(path: Path) -> set[tuple[str, str, str]]:
+    """Return the kinds and names of what there is in a database, and the names of the columns."""
+    database = sqlite3.connect(path / "stagecal.db")
+    found = set(database.execute("SELECT 'column', m.name, c.name FROM sqlite_master m, pragma_table_info(m.name) c"))
+    found |= set(database.execute("SELECT type, name, '' FROM sqlite_master WHERE name NOT LIKE 'sqlite%'"))
+    database.close()
+    return found
+
+
+def test_a_ledger_of_the_former_version_is_brought_up_to_date_and_loses_nothing(tmp_path: Path) -> None:
+    ledger = SqliteLedger(tmp_path / "state")
+    request = ledger.commit(added(ledger), now=NOW, staging=a_staging(), files=FILES, mails=[a_mail()])
+    whole = schema(tmp_path / "state")
+    ledger.close()
+    made_former(tmp_path / "state")
+    assert schema(tmp_path / "state") < whole
+    for _ in range(2):
+        opened = SqliteLedger(tmp_path / "state")
+        assert schema(tmp_path / "state") == whole
+        assert opened.get(request.id) == request and opened.stagings() == [a_staging()]
+        assert len(opened.staged_files(TOKEN)[0]) == 2 and len(opened.unsent_mails()) == 1
+        assert opened.oldest_verification() == (2, None), "nothing of it was verified yet"
+        opened.close()
+
+
+def test_a_migration_happens_whole_or_not_at_all(tmp_path: Path) -> None:
+    SqliteLedger(tmp_path / "state").close()
+    made_former(tmp_path / "state")
+    with sqlite3.connect(tmp_path / "state" / "stagecal.db") as database:
+        database.execute("CREATE TABLE rotten (in_the_way)")
+    database.close()
+    before = schema(tmp_path / "state")
+    with pytest.raises(TransientError, match="rotten already exists"):
+        SqliteLedger(tmp_path / "state")
+    assert schema(tmp_path / "state") == before
+
+
+def test_a_sidecar_of_the_former_version_can_be_read(ledger: SqliteLedger, tmp_path: Path) -> None:
+    request = ledger.commit(added(ledger), now=NOW, staging=a_staging(), files=FILES)
+    path = tmp_path / "state" / "staged" / f"{TOKEN}.json"
+    content = json.loads(path.read_text())
+    for name in ("engine", "casa_home", "leased_until"):
+        del content["request"][name]
+    path.write_text(json.dumps(content))
+    assert list(ledger.sidecars()) == [(a_staging(), request)]
+
+
 def test_a_death_at_the_very_first_start_is_no_loss(tmp_path: Path) -> None:
     (tmp_path / "stagecal.db").touch()
     ledger = SqliteLedger(tmp_path)
@@ -463,6 +656,29 @@ def test_sidecars_are_mended_after_a_death_between_record_and_sidecar(
         path.write_text(before[: len(before) // 2] if damage == "half" else before)
     ledger.mend_sidecars()
     assert list(ledger.sidecars()) == ([] if damage == "of purged data" else [(current, request)])
+
+
+@pytest.mark.parametrize("when", ["at once", "after a death"])
+def test_a_sidecar_says_that_nothing_may_be_linked_from_rot(ledger: SqliteLedger, tmp_path: Path, when: str) -> None:
+    request = ledger.commit(added(ledger), now=NOW, staging=a_staging(), files=FILES)
+    path = tmp_path / "state" / "staged" / f"{TOKEN}.json"
+    before = path.read_text()
+    ledger.record_rotten(FILES[0], "", "why", STEP, NOW)
+    if when == "after a death":
+        path.write_text(before)
+        ledger.mend_sidecars()
+    ((staging, found),) = ledger.sidecars()
+    assert staging == a_staging(recipe="")
+    assert found == replace(request, reason=STEP.seen)
+    assert ledger.staging(TOKEN) == a_staging(), "the ledger itself forgets nothing"
+
+
+def test_drafts_of_sidecars_go_with_the_data(ledger: SqliteLedger, tmp_path: Path) -> None:
+    ledger.restore(None, a_staging(), (), ())
+    left = tmp_path / "state" / "staged" / f"{TOKEN}.0123abcd.part"
+    left.write_text("half")
+    ledger.update_staging(a_staging(withdrawn_at=NOW, purged_at=NOW), NOW)
+    assert list(left.parent.iterdir()) == []
 
 
 def test_a_damaged_sidecar_names_its_file(ledger: SqliteLedger, tmp_path: Path) -> None:

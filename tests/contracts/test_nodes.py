@@ -14,17 +14,27 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import pytest
 
 from stagecal.adapters.nodes_local import LocalNodes
+from stagecal.adapters.nodes_slurm import SlurmNodes
+from stagecal.adapters.nodes_ssh import SshNodes
 from stagecal.ports import FatalError, JobHandle, JobState, JobStatus, Nodes, TransientError
+from tests import ssh_nodes
+
+if TYPE_CHECKING:
+    from tests.slurm_cluster import SlurmCluster
+
+pytest_plugins = ["tests.slurm_cluster"]
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 WRAPPER = CHECKOUT / "templates" / "job" / "wrapper.sh"
+NODE_PROGRAM = CHECKOUT / "templates" / "job" / "node.sh"
 AREA_NAME = "work area 'of' $HOME; exit"
 FOREIGN_BOOT = "00000000-0000-4000-8000-000000000000"
 
@@ -67,7 +77,105 @@ class LocalBench:
         )
 
 
-BENCHES: Mapping[str, Callable[[Path], Bench]] = {"local": LocalBench}
+class SlurmBench:
+    """Jobs of a real Slurm, whose nodes are daemons of this machine."""
+
+    node = "here"
+    cluster: ClassVar[SlurmCluster]
+
+    def __init__(self, area: Path) -> None:
+        self.area = area
+        self.nodes: Nodes = self.restarted()
+
+    def restarted(self, *, patience_s: float = 10.0) -> Nodes:
+        return SlurmNodes(
+            self.area,
+            {self.node: ("casa", "fast")},
+            self.cluster.shell(),
+            WRAPPER.read_bytes(),
+            look_interval_s=0.2,
+            grace_s=1,
+            patience_s=patience_s,
+            settle_s=0,
+        )
+
+    def program(self, job: JobHandle) -> str:
+        return (
+            "import datetime, pathlib\n"
+            "from stagecal.adapters.nodes_slurm import SlurmNodes\n"
+            "from stagecal.ports import JobHandle\n"
+            "from tests.slurm_cluster import ClusterShell\n"
+            f"wrapper = pathlib.Path({str(WRAPPER)!r}).read_bytes()\n"
+            f"shell = ClusterShell(pathlib.Path({str(self.cluster.configuration)!r}))\n"
+            f"nodes = SlurmNodes(pathlib.Path({str(self.area)!r}), {{{self.node!r}: ()}}, shell, wrapper,\n"
+            "                   look_interval_s=0.2, grace_s=1)\n"
+            "until = datetime.datetime.now(datetime.UTC) + datetime.timedelta(hours=1)\n"
+            f"nodes.launch(JobHandle{(job.node, job.work, job.nonce)!r}, until)\n"
+        )
+
+
+class SshBench:
+    """Nodes behind real SSH servers on loopback, by one of the two transports."""
+
+    node = "far"
+
+    def __init__(self, area: Path, kind: str) -> None:
+        self.area = area
+        self._kind = kind
+        self._server = ssh_nodes.shared_server(kind)
+        self._made: list[SshNodes] = []
+        self.nodes: Nodes = self.restarted()
+
+    def restarted(self, *, patience_s: float = 10.0) -> Nodes:
+        self._made.append(
+            SshNodes(
+                self.area,
+                {self.node: ssh_nodes.machine(self._kind, self._server, "casa", "fast")},
+                WRAPPER.read_bytes(),
+                NODE_PROGRAM.read_text(),
+                timeout_s=20,
+                look_interval_s=0.2,
+                grace_s=1,
+                patience_s=patience_s,
+            )
+        )
+        return self._made[-1]
+
+    def program(self, job: JobHandle) -> str:
+        return (
+            "import datetime\n"
+            "from pathlib import PosixPath\n"
+            "from stagecal.adapters.nodes_ssh import Machine, SshNodes\n"
+            "from stagecal.adapters.remote_shell import SshTarget\n"
+            "from stagecal.ports import JobHandle\n"
+            "from tests.ssh_nodes import make_shell\n"
+            f"machine = Machine(make_shell({self._kind!r}, {self._server.target()!r}))\n"
+            f"wrapper = PosixPath({str(WRAPPER)!r}).read_bytes()\n"
+            f"program = PosixPath({str(NODE_PROGRAM)!r}).read_text()\n"
+            f"nodes = SshNodes({self.area!r}, {{{self.node!r}: machine}}, wrapper, program,\n"
+            "                 timeout_s=20, look_interval_s=0.2, grace_s=1)\n"
+            "until = datetime.datetime.now(datetime.UTC) + datetime.timedelta(hours=1)\n"
+            f"nodes.launch(JobHandle{(job.node, job.work, job.nonce)!r}, until)\n"
+        )
+
+    def close(self) -> None:
+        for nodes in self._made:
+            nodes.close()
+
+
+BENCHES: Mapping[str, Callable[[Path], Bench]] = {
+    "local": LocalBench,
+    "paramiko": lambda area: SshBench(area, "paramiko"),
+    "openssh": lambda area: SshBench(area, "openssh"),
+    "legacy": lambda area: SshBench(area, "legacy"),
+    "slurm": SlurmBench,
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ssh_servers() -> Iterator[None]:
+    yield
+    ssh_nodes.stop_shared_servers()
 
 
 def soon(seconds: float) -> datetime:
@@ -146,7 +254,10 @@ class Jobs:
 def jobs(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Jobs]:
     area = tmp_path / AREA_NAME
     area.mkdir()
-    jobs = Jobs(BENCHES[request.param](area))
+    if request.param == "slurm":
+        SlurmBench.cluster = request.getfixturevalue("slurm_cluster")
+    bench = BENCHES[request.param](area)
+    jobs = Jobs(bench)
     yield jobs
     for job in jobs.handles:
         for pid in carriers(job.nonce):
@@ -154,6 +265,8 @@ def jobs(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Jobs]:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 continue
+    if isinstance(bench, SshBench):
+        bench.close()
     children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
     states = [Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] for pid in children]
     assert "Z" not in states, "a job or its starter became a zombie of ours"
@@ -366,6 +479,12 @@ def test_what_a_job_leaves_running_is_ended_before_its_end_is_told(jobs: Jobs) -
     assert jobs.ended(job) == JobStatus(JobState.EXITED, 3)
 
 
+def test_results_on_a_shared_work_area_are_read_where_they_are(jobs: Jobs) -> None:
+    job = jobs.launched("mkdir products; echo x > products/file")
+    assert jobs.ended(job).exit_code == 0
+    assert jobs.nodes.fetch(job, lambda done, total: None) == jobs.nodes.directory(job)
+
+
 # --- deaths --------------------------------------------------------------------------------------------------------
 
 
@@ -428,7 +547,7 @@ def test_a_foreign_process_with_the_jobs_number_is_neither_the_job_nor_ever_sign
         boot = FOREIGN_BOOT
     jobs.file(job, "exit").unlink()
     jobs.file(job, "pid").write_text(f"{bystander.pid} {start_time} {boot} {job.nonce}\n")
-    assert jobs.nodes.poll(job).state is JobState.LOST
+    assert jobs.ended(job).state is JobState.LOST
     jobs.nodes.cancel(job)
     jobs.nodes.cancel(job)
     assert bystander.poll() is None
@@ -439,7 +558,7 @@ def test_an_exit_file_that_a_crash_left_empty_is_no_end(jobs: Jobs) -> None:
     job = jobs.launched("exit 0")
     assert jobs.ended(job).exit_code == 0
     jobs.file(job, "exit").write_text("")
-    assert jobs.nodes.poll(job).state is JobState.LOST
+    assert jobs.ended(job).state is JobState.LOST
 
 
 @pytest.mark.parametrize("name", ["pid", "exit", "launched"])
@@ -469,9 +588,16 @@ def test_a_launch_that_broke_before_the_wrapper_came_is_lost_for_ever(jobs: Jobs
 
 
 def test_a_job_whose_lease_runs_out_ends_itself_with_all_its_processes(jobs: Jobs) -> None:
-    job = jobs.launched("setsid sleep 300 & " + LIVE, lease_s=1)
+    job = jobs.launched("setsid sleep 300 & " + LIVE)
     jobs.wait_for(job, "started")
+    jobs.nodes.renew_lease(job, soon(1))
     status = jobs.ended(job)
+    assert status.state is JobState.LOST
+    assert "its lease ran out" in status.detail
+
+
+def test_a_job_lives_no_longer_than_the_lease_of_its_launch(jobs: Jobs) -> None:
+    status = jobs.ended(jobs.launched(LIVE, lease_s=1))
     assert status.state is JobState.LOST
     assert "its lease ran out" in status.detail
 
@@ -533,7 +659,8 @@ def test_cancel_reaches_a_stopped_job(jobs: Jobs) -> None:
     job = jobs.launched(LIVE)
     jobs.wait_for(job, "started")
     for pid in carriers(job.nonce):
-        os.kill(pid, signal.SIGSTOP)
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGSTOP)
     assert jobs.nodes.poll(job).state is JobState.RUNNING
     jobs.nodes.cancel(job)
     assert jobs.ended(job).state is JobState.LOST

@@ -98,6 +98,14 @@ def everything(top: Path) -> dict[str, tuple[int, bytes | None]]:
 # --- making and publishing --------------------------------------------------------------------------------------
 
 
+def test_a_draft_can_be_looked_into_before_it_appears(area: FileStagingArea) -> None:
+    area.begin(A)
+    area.write(A, "README.txt", b"words")
+    assert area.draft(A, "README.txt").read_bytes() == b"words"
+    with pytest.raises(FatalError):
+        area.draft("../outside", "README.txt")
+
+
 def test_nothing_is_seen_before_publish_and_all_of_it_after(area: FileStagingArea, root: Path, source: Path) -> None:
     area.begin(A)
     area.pack(A, TAR, source)

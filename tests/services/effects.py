@@ -32,6 +32,7 @@ EFFECTS = {
     "ledger": {
         *("add", "commit", "claim_slot", "hand_over_job", "set_wish", "note", "enqueue", "update_recipients"),
         *("update_staging", "set_setting"),
+        *("record_begun", "record_verified", "record_rotten", "tell_rotten"),
     },
     "mailer": {"send"},
     "nodes": {"prepare", "launch", "renew_lease", "cancel", "clean"},

@@ -16,11 +16,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from stagecal.domain.requests import Outcome, State
 from stagecal.ports import MailReply
+from stagecal.services.scrubbing import REST_S, Scrubber
 from stagecal.services.sweeping import plan, sweep
 from tests.services.effects import (
     Arena,
@@ -97,6 +99,43 @@ def _retry(site: SiteForTests) -> None:
 def _sweep(site: SiteForTests) -> None:
     now = site.clock.now()
     sweep(site.site, plan(site.site, now), now)
+
+
+def _scrub(site: SiteForTests) -> None:
+    records: Any = site.site.ledger
+    scrubber = Scrubber(site.site, records)
+    try:
+        while scrubber.step() < REST_S:
+            pass
+    finally:
+        scrubber.close()
+
+
+def _overwrite(site: SiteForTests, byte: bytes) -> None:
+    """Change the last byte of the first request's file, as a disk does it: nothing else changes."""
+    (tar,) = (site.config.staging.root / site.requests()[0].token).glob("*.tar")
+    before = tar.stat()
+    tar.chmod(0o644)
+    with tar.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(byte)
+    tar.chmod(0o444)
+    os.utime(tar, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def _deliver_and_rot(site: SiteForTests) -> None:
+    """Two directories share a file that rots, and a third one holds a healthy file."""
+    _deliver_and_place(site)
+    settle(site)
+    _place_calfields(site, "J0510+1800")
+    settle(site)
+    _overwrite(site, b"?")
+
+
+def _repair(site: SiteForTests) -> None:
+    """Give the file its content back, so that everything published can be verified at the end."""
+    assert "rotten" in site.requests()[0].reason and "rotten" in site.requests()[1].reason
+    _overwrite(site, b"\0")
 
 
 def _deliver_and_place(site: SiteForTests) -> None:
@@ -217,6 +256,7 @@ SCENARIOS = [
     Scenario("mailed again", [_retry, settle], before=_refuse_the_user, only_after=True),
     Scenario("malformed", [settle], before=_place_malformed, calibrations=0, states=()),
     Scenario("expired", [_sweep], before=_expire),
+    Scenario("rotten", [_scrub, settle, _repair], before=_deliver_and_rot, calibrations=2),
 ]
 
 

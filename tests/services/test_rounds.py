@@ -10,7 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from stagecal.ports import MailReply, RecipientResult
-from stagecal.services.notifying import alarm_mail
+from stagecal.services.alarms import alarm_mail
 from stagecal.services.rounds import Rounds
 from tests.sites import make_test_site
 
