@@ -35,7 +35,11 @@ class Demo:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.environment = {**os.environ, "STAGECAL_CONFIG": str(directory / "stagecal.toml")}
+        self.environment = {
+            **os.environ,
+            "STAGECAL_CONFIG": str(directory / "stagecal.toml"),
+            "PATH": f"{BIN}:{os.environ.get('PATH', os.defpath)}",
+        }
         self.shown_mails: set[Path] = set()
 
     # --- telling -------------------------------------------------------------------------------------------------
@@ -69,10 +73,10 @@ class Demo:
             raise DemoError(f"{shown}: exit code {done.returncode}, expected {expect}")
         return done.stdout
 
-    def mails(self, what: str, *, count: int = 1) -> list[str]:
+    def mails(self, what: str, *, count: int = 1, seconds: float = 30) -> list[str]:
         """Show the mails that came since the last time, waiting for as many as are expected."""
         new: list[Path] = []
-        for _ in _patiently(30):
+        for _ in _patiently(seconds):
             new = [path for path in sorted((self.directory / "mail" / "new").iterdir()) if path not in self.shown_mails]
             if len(new) >= count:
                 break
@@ -202,6 +206,7 @@ def _demonstrate(demo: Demo) -> None:
         _running(server, demo.directory / "server.log", demo.environment),
     ):
         _requests(demo)
+        _restore(demo)
     _sweep(demo)
     _where(demo)
 
@@ -322,8 +327,23 @@ def _expect_verdict(mails: list[str], verdict: str) -> None:
         raise DemoError(f"no mail says {verdict}")
 
 
+def _restore(demo: Demo) -> None:
+    demo.title(6, "A restore: calibrated data in a directory of one's own, as NRAO's almaRestore makes them")
+    demo.say("Can it be restored? Exit code 3 says that one of them cannot.")
+    demo.command("stagecal", "restorable", MAIN, "uid://A001/X1284/X266", expect=3)
+    demo.say("The sessions in the processing request that would do it; that of the EB without QA0 Pass is kept, empty:")
+    demo.command("sh", "-c", f"stagecal ppr {MAIN} | grep -A1 SESSION_")
+    demo.say("It is started, and mails where the data are at the end:")
+    started = demo.command("stagecal", "restore", "-E", "operator@example.org", MAIN)
+    (mail,) = demo.mails("The mail at the end:", seconds=120)
+    products = [line for line in mail.splitlines() if line.endswith(".ms.split.cal")]
+    if not products or not products[0].startswith(started.split("running in: ")[1].strip()):
+        raise DemoError("the mail does not say where the restored data are")
+    demo.command("stagecal", "ms", "check", products[0])
+
+
 def _sweep(demo: Demo) -> None:
-    demo.title(6, "The sweep of what has expired")
+    demo.title(7, "The sweep of what has expired")
     later = datetime.now(UTC) + timedelta(days=29)
     demo.say("In 29 days:")
     now = f"{later:%Y-%m-%dT%H:%M:%SZ}"
@@ -337,7 +357,7 @@ def _sweep(demo: Demo) -> None:
 
 
 def _where(demo: Demo) -> None:
-    demo.title(7, "Where everything lies")
+    demo.title(8, "Where everything lies")
     for name, what in (
         ("stagecal.toml", "the configuration"),
         ("archive.db", "the archive's database (SQLite, with examples)"),
@@ -346,7 +366,7 @@ def _where(demo: Demo) -> None:
         ("mail/new/", "all mails"),
         ("preview/", "what is staged"),
         ("download/", "what the user fetched"),
-        ("work/", "job directories (only those of failed jobs stay)"),
+        ("work/", "job directories (those of restores and of failed jobs stay)"),
         ("state/", "the ledger"),
         ("watch.log", "what the daemon said"),
     ):

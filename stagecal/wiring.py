@@ -191,9 +191,9 @@ def _submit_shell(config: Config) -> Shell:
         from stagecal.adapters.remote_shell import LocalShell
 
         return LocalShell()
-    from stagecal.adapters.ssh_paramiko import ParamikoShell
-
     import atexit
+
+    from stagecal.adapters.ssh_paramiko import ParamikoShell
 
     target = _target(config, cluster.submit_host, cluster.submit_host, cluster.submit_port, cluster.submit_user)
     shell = ParamikoShell(target)
@@ -233,9 +233,7 @@ def engines(config: Config) -> Engines:
     """Return the engines by the `[restore]` section."""
     from stagecal.adapters.engines import SiteEngines
 
-    return SiteEngines(
-        config.restore, config.locks, templates(config), resource("templates"), config.cluster.work_area
-    )
+    return SiteEngines(config.restore, config.locks, templates(config), resource("templates"), config.cluster.work_area)
 
 
 def products(config: Config) -> ProductFiles:

@@ -28,22 +28,29 @@ from tests.ssh_nodes import SshServer, signal_all, sshd_program
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 
-_OWN_LOAD = """#!/bin/sh
-exec unshare --mount sh -c 'mount --bind "$0" /proc/loadavg && exec "$@"' {load} {sshd} "$@"
+_OWN_FILES = """#!/bin/sh
+exec unshare --mount sh -c '{mounts} && exec "$@"' sh {sshd} "$@"
 """
 
 
 @dataclass
 class LoadedServer(SshServer):
-    """An sshd whose node has the load that a test gives it. Needs root."""
+    """An sshd whose node has the load that a test gives it, and at some places directories of its own. Needs root.
+
+    `mounts` are these places and the directories that the node finds there.
+    """
+
+    mounts: Mapping[Path, Path] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._load = self.directory / "loadavg"
         self._load.touch()
         self.give_load(0.0)
+        files = {Path("/proc/loadavg"): self._load, **self.mounts}
+        mounts = " && ".join(f"mount --bind {source} {place}" for place, source in files.items())
         program = self.directory / "start"
-        program.write_text(_OWN_LOAD.format(load=self._load, sshd=sshd_program()))
+        program.write_text(_OWN_FILES.format(mounts=mounts, sshd=sshd_program()))
         program.chmod(0o755)
         self._program = str(program)
 
@@ -171,7 +178,7 @@ class Census:
     servers: Sequence[SshServer]
     max_jobs: int
     limits: Mapping[str, int] = field(default_factory=dict)
-    interval_s: float = 0.03
+    interval_s: float = 0.05
     violations: list[str] = field(default_factory=list)
     first_seen: dict[str, str] = field(default_factory=dict)
     most: int = 0
@@ -222,12 +229,12 @@ class Census:
             self.look()
 
 
-def wait_for(holds: Callable[[], object], what: str, seconds: float = 30) -> None:
+def wait_for(holds: Callable[[], object], what: str, seconds: float = 30, every_s: float = 0.02) -> None:
     """Wait for real processes to get there, for a bounded time."""
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end, f"{what} did not happen within {seconds} s"
-        time.sleep(0.02)
+        time.sleep(every_s)
 
 
 @dataclass

@@ -72,11 +72,11 @@ class Request:
 
     `sequence` orders the queue. `round` counts how often an operator started it anew. `recipe` identifies the products
     it needs (see domain/products.py), `token` the directory under which it gets them. A job is identified by `node`,
-    `work` and `nonce`; `holds_slot` says that it may still be alive. `lost_on` are the nodes that lost its job.
-    `seen_in` is the trigger directory (device:inode) in which the trigger was seen last. `wish` is what an operator
-    wants done at the next step. `engine` and `casa_home` are what `stagecal restore` was told ('': by the site's
-    configuration). `leased_until` is until when its job may live without hearing from us. `waits_for` is the request that makes what this one needs, `failed_with` the one whose
-    failure it shares.
+    `work` and `nonce`; `holds_slot` says that it may still be alive, `leased_until` until when it may live without
+    hearing from us. `lost_on` are the nodes that lost its job. `seen_in` is the trigger directory (device:inode) in
+    which the trigger was seen last. `wish` is what an operator wants done at the next step. `waits_for` is the request
+    that makes what this one needs, `failed_with` the one whose failure it shares. `engine` and `casa_home` are what
+    `stagecal restore` was told ('': by the site's configuration).
     """
 
     id: str

@@ -46,6 +46,7 @@ _AUXILIARY = re.compile(
 )
 _TELL_EVERY = timedelta(seconds=10)
 _LARGEST_REPORT = 16 * 1024 * 1024
+_SESSION = re.compile(r"session_[0-9]{1,9}")
 _ABSOLUTE_PATH = re.compile(r"(?<![A-Za-z0-9_.:/-])/[A-Za-z0-9_.-]")
 
 
@@ -214,6 +215,11 @@ def made_by_of(report: Mapping[str, Any]) -> dict[str, Any]:
     commands = report.get("commands")
     if isinstance(commands, list):
         made_by["commands"] = [one for one in commands if isinstance(one, str) and _is_public(one)]
+    blocks = report.get("execution_blocks")
+    if isinstance(blocks, dict):
+        said = {uid: one.get("session") for uid, one in blocks.items() if isinstance(one, dict)}
+        sessions = {uid: name for uid, name in said.items() if isinstance(name, str) and _SESSION.fullmatch(name)}
+        made_by |= {"sessions": sessions} if sessions and all(map(_is_public, sessions)) else {}
     return made_by
 
 

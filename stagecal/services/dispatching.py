@@ -34,7 +34,6 @@ MAXIMUM_LOSSES = 3
 REST = timedelta(seconds=30)
 # After its lease a job's wrapper looks once more, ends everything, and clocks may differ: then nothing of it lives.
 LEASE_GRACE = timedelta(minutes=10)
-_NO_NODE = "no node is fit"
 
 
 def handle_of(request: Request) -> JobHandle:
@@ -125,6 +124,10 @@ def _dispatch(site: Site, request: Request, now: datetime) -> Request:
     nonce = site.new_secret()
     work = f"WORK{int(nonce[:7], 16)}"
     label = _engine_job(site, replace(request, work=work)).label
+    no_node = f"no node with the label {label} is fit" if label else "no node is fit"
+    first = _waits_before(site, request, no_node, now)
+    if first is not None:
+        return site.ledger.commit(request, now=now, not_before=first.not_before, reason=f"{no_node}, as for {first.id}")
     looks = site.nodes.loads()
     for look in looks:
         if look.alarm:
@@ -139,9 +142,9 @@ def _dispatch(site: Site, request: Request, now: datetime) -> Request:
     opinions = explain_choice(looks, wanted)
     seen = "; ".join(f"{opinion.name} {opinion.reason}" for opinion in opinions)
     if node is None:
-        if not request.reason.startswith(_NO_NODE):
+        if not request.reason.startswith(no_node):
             site.ledger.note(request.id, Step("dispatch", "which node has low load?", seen, "none: wait"), now)
-        return site.ledger.commit(request, now=now, not_before=now + REST, reason=f"{_NO_NODE}: {seen}")
+        return site.ledger.commit(request, now=now, not_before=now + REST, reason=f"{no_node}: {seen}")
     job = JobHandle(node, work, nonce)
     claimed = site.ledger.claim_slot(
         request,
@@ -155,6 +158,29 @@ def _dispatch(site: Site, request: Request, now: datetime) -> Request:
         reason="",
     )
     return claimed or request
+
+
+def _waits_before(site: Site, request: Request, no_node: str, now: datetime) -> Request | None:
+    """Return who came before this request and rests because no node is fit, and could use whatever this one can.
+
+    It is asked again at the same time and before this request, so that a node which gets fit goes to who came first.
+    """
+    waiting = {
+        other.id: replace(other, not_before=None)
+        for other in site.ledger.open_requests()
+        if other.state is State.ACCEPTED
+        and other.not_before is not None
+        and other.not_before > now
+        and other.reason.startswith(no_node)
+        and set(other.lost_on) <= set(request.lost_on)
+    }
+    if not waiting:
+        return None
+    everybody = [waiting.get(other.id, other) for other in site.ledger.open_requests()]
+    queue = turns(everybody, max_jobs=site.config.cluster.max_jobs, held=False, now=now).queue
+    before = queue[: queue.index(request.id)] if request.id in queue else ()
+    first = next((request_id for request_id in before if request_id in waiting), None)
+    return site.ledger.get(first) if first else None
 
 
 def _engine_job(site: Site, request: Request) -> EngineJob:

@@ -988,16 +988,16 @@ def main():
     return outcome(run)
 
 
-def outcome(work):
+def outcome(work, program="calibrate.py"):
     """Do the work; return its exit code, and tell what failed."""
     try:
         work()
     except JobError as error:
-        sys.stderr.write("calibrate.py: failed: %s\n" % error)
+        sys.stderr.write("%s: failed: %s\n" % (program, error))
         return 1
     except Exception as error:
         traceback.print_exc()
-        sys.stderr.write("calibrate.py: failed: %s: %s\n" % (type(error).__name__, error))
+        sys.stderr.write("%s: failed: %s: %s\n" % (program, type(error).__name__, error))
         return 1
     return 0
 

@@ -189,7 +189,7 @@ def run():
     calibrate.write_report(report)
 
 
-code = calibrate.outcome(run)
+code = calibrate.outcome(run, "finish_restore.py")
 sys.stdout.flush()
 sys.stderr.flush()
 # CASA would go on to its prompt, and hides exit codes of scripts.

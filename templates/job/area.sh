@@ -1,13 +1,13 @@
 {# Included by the jobs that restore: makes the directories, reserves the space, fetches products and raw data.
    Given: area (where the restore works, relative; "." is the flat layout), execution_blocks, raw_fetch, raw_size,
-   disk_factor, python (programs to try, the first that runs is taken); for a monolithic CASA also casa_home and xvfb.
+   disk_factor, python (programs to try, the first that runs is taken); with monolithic also casa_home and xvfb.
    Leaves the variables job and python; for a monolithic CASA also runpipeline, its environment, and the function casa. #}
 fail() {
     printf 'run.sh: failed: %s\n' "$1" >&2
     exit 1
 }
 
-{% if casa_home is defined and casa_home %}
+{% if monolithic is defined %}
 # A node that lacks something is known before hours of fetching.
 casa_home={{ casa_home | shell_quote }}
 [ -x "$casa_home/bin/casa" ] || fail "there is no $casa_home/bin/casa on this node"
@@ -58,7 +58,7 @@ done
 reserve() {
     exec 9>>../reserve.lock
     "$python" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX)'
-    free=$(df -Pk . | sed -n '$s/.* \([0-9][0-9]*\) *[0-9]*%.*/\1/p')
+    free=$(df -Pk . | sed -n '$s/.* \([0-9][0-9]*\)  *[0-9][0-9]*%.*/\1/p')
     used=$(du -sk . | cut -f 1)
     needed=$(($1 > used ? $1 - used : 0))
     for other in ../WORK*/reserved; do
@@ -108,7 +108,7 @@ total=$(du -skL rawdata/ | cut -f 1)
 echo "The raw data have $total kB; {{ disk_factor }} times as much is reserved."
 reserve $((total * {{ disk_factor }}))
 {% endif %}
-{% if casa_home is defined and casa_home %}
+{% if monolithic is defined %}
 
 # What CASA would pass over, or notice only after hours.
 {% for execution_block in execution_blocks %}

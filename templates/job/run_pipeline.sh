@@ -5,6 +5,7 @@
 set -eu
 cd "$(dirname "$0")"
 
+{% set monolithic = true %}
 {% include "job/area.sh" %}
 
 echo 'Now generating the calibrated MS(s) ...'

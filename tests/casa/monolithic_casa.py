@@ -1,6 +1,6 @@
 """A stand-in for a monolithic CASA with the ALMA pipeline, which no package index has.
 
-`make_casa_home` makes its directory. As a program (`monolithic_casa.py HOME ARGUMENT...`) it is what bin/casa runs, under
+`make_casa_home` makes its directory. As a program (`monolithic_casa.py HOME ARGUMENT...`) it is what bin/casa runs, by
 the Python of the CASA worker: it takes what job scripts give to the real one, ends with exit code 99 where the real one
 could not work with it, and does by CASA's tasks what the pipeline would do. It reads PPR and manifest by itself, with
 the habits of the real reader. The file HOME/misbehaviour makes it fail as real ones do (see `MISBEHAVIOURS`).
@@ -12,10 +12,10 @@ import ast
 import os
 import re
 import shutil
-import stat
 import sys
 import types
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 MISBEHAVIOURS = {
@@ -189,11 +189,17 @@ def run_script(home: Path, path: Path, mode: str) -> None:
         restore([os.path.basename(name) for name in vis], session, home, mode)
         called.append("hifa_restoredata")
 
+    def importdata(vis: list[str], **_: object) -> None:
+        tasks, casa = calibrating()
+        for name in vis:
+            tasks.import_raw(casa, block_of(os.path.basename(name), {}), "ca")
+        called.append("hifa_importdata")
+
     names = {
         "__name__": "__main__",
         "h_init": lambda *_, **__: called.append("h_init"),
         "h_save": lambda *_, **__: called.append("h_save"),
-        "hifa_importdata": lambda *_, **__: called.append("hifa_importdata"),
+        "hifa_importdata": importdata,
         "hifa_restoredata": restoredata,
     }
     try:
@@ -229,8 +235,6 @@ def restore(names: list[str], sessions: list[str], home: Path, mode: str) -> Non
                     raise PipelineError(f"products/ has no {files[element.tag]}")
         if (home / READY).is_dir():
             shutil.copytree(home / READY / f"{name}.ms", f"{name}.ms")
-            for path in [Path(f"{name}.ms"), *Path(f"{name}.ms").rglob("*")]:
-                path.chmod(path.stat().st_mode | stat.S_IWUSR)
         else:
             casa = casa or calibrating()
             calibrate(casa, name, files)
@@ -238,28 +242,35 @@ def restore(names: list[str], sessions: list[str], home: Path, mode: str) -> Non
             spoil(f"{name}.ms", mode)
 
 
-def calibrating() -> tuple[types.ModuleType, object]:
+def calibrating() -> tuple[Any, Any]:
     """Return the job's calibrate.py, which knows the tasks, and its CASA."""
-    sys.path.insert(0, os.environ["STAGECAL_JOB"])
     import calibrate as tasks
 
     tasks.CASA_LOG = LOG
     return tasks, tasks.Casa()
 
 
-def calibrate(casa: tuple[types.ModuleType, object], name: str, files: dict[str, str]) -> None:
-    tasks, session = casa
+def block_of(name: str, files: dict[str, str]) -> Any:
+    import calibrate as tasks
+
     uid = re.sub(r"uid___(A00.)_(X[0-9a-f]+)_(X[0-9a-f]+)", r"uid://\1/\2/\3", name)
-    block = tasks.Block(uid, files)
-    tasks.import_raw(session, block, "ca")
-    observation = tasks.Observation(session.tools, block)  # type: ignore[attr-defined]
+    return tasks.Block(uid, {**dict.fromkeys(("session", "caltables", "finalflags", "applycmds"), "unknown"), **files})
+
+
+def calibrate(casa: tuple[Any, Any], name: str, files: dict[str, str]) -> None:
+    tasks, session = casa
+    block = block_of(name, files)
+    if not os.path.isdir(block.ms):
+        # The real one, too, takes what is there already.
+        tasks.import_raw(session, block, "ca")
+    observation = tasks.Observation(session.tools, block)
     if not os.path.isdir(block.session):
         tasks.expand(tasks.archived(block.caltables), block.session)
     applications = [tasks.Application(one, block, observation) for one in tasks.read_apply_commands(block)]
     tasks.restore_flags(session, block)
     rows = tasks.selected_rows(block, observation, [])
     for application in applications:
-        session.do("applycal", application.arguments(block, rows))  # type: ignore[attr-defined]
+        session.do("applycal", application.arguments(block, rows))
 
 
 def spoil(measurement_set: str, mode: str) -> None:
@@ -312,4 +323,5 @@ def offer_names_of_casa5() -> None:
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, os.environ.get("STAGECAL_JOB", ""))
     main(Path(sys.argv[1]), sys.argv[2:])

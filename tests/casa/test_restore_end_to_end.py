@@ -32,8 +32,8 @@ from stagecal.domain.requests import Origin, Outcome, Request, State
 from stagecal.domain.trigger import Trigger, render, trigger_name
 from stagecal.embedded import make_site
 from stagecal.measurement_set import check_measurement_set
-from stagecal.ports import JobHandle
 from stagecal.services.context import Site
+from stagecal.services.dispatching import handle_of
 from tests.domain.restore.examples import status_xml
 from tests.ngas_server import Ngas, ngas_server
 from tests.ssh_nodes import SshServer
@@ -188,9 +188,10 @@ class Observatory:
         """Wait for real processes to get there, for a bounded time."""
         end = time.monotonic() + PATIENCE_S
         while not holds():
-            log = self.directory / "state" / "restore.log"
-            said = log.read_text()[-3000:] if log.exists() else ""
-            assert time.monotonic() < end, f"{what} did not happen: {said}"
+            held = [one for one in self.site.ledger.open_requests() if one.state is State.HELD]
+            if held or time.monotonic() > end:
+                said = [f"{one.reason}\n{self.site.nodes.output(handle_of(one))}" for one in held if one.work]
+                pytest.fail(f"{what} did not happen: {said}")
             time.sleep(0.01)
 
     def mails(self, address: str) -> list[str]:
@@ -350,14 +351,15 @@ def test_a_restore_is_identical_although_the_server_went_away_and_a_job_was_kill
     started = observatory.run("restore", "-E", "me@example.org", MOUS)
     assert started.returncode == 0, started.stderr
     first = observatory.request()
-    job = observatory.site.nodes.directory(JobHandle(first.node, first.work, first.nonce))
+    job = observatory.site.nodes.directory(handle_of(first))
     assert started.stdout.splitlines() == [
         f"Restoring a CMS of {MOUS} to spool.",
         f"Alma Restore ({first.id}) running in: {job}",
     ]
     observatory.wait(lambda: observatory.ngas.retrieved(CALTABLES), "the fetching of the tables")
     observatory.stack.close()
-    time.sleep(0.2)
+    nodes = observatory.site.nodes
+    observatory.wait(lambda: "breaks off" in nodes.output(handle_of(first)), "the end of the connection")
     observatory.serve()
     observatory.wait(lambda: stopped_in_the_middle_of_applycal(first, job), "applycal")
     # It went on where it had stopped, and the manifest of another run was never asked for.
@@ -368,7 +370,7 @@ def test_a_restore_is_identical_although_the_server_went_away_and_a_job_was_kill
     request = observatory.request()
     assert request.outcome is Outcome.DELIVERED, request.reason
     assert request.lost_on == (first.node,) and request.node not in request.lost_on
-    second = observatory.site.nodes.directory(JobHandle(request.node, request.work, request.nonce))
+    second = observatory.site.nodes.directory(handle_of(request))
     assert not job.exists()
     products = second / "products"
     assert observatory.differences(products) == IDENTICAL
@@ -410,7 +412,7 @@ def test_a_request_whose_product_was_missing_is_delivered_identically_after_retr
     assert observatory.differences(tmp_path) == IDENTICAL
     receipt = json.loads((directory / "receipt.json").read_text())
     assert sorted(receipt["execution_blocks"]) == sorted(SESSION_OF)
-    assert receipt["made_by"]["engine"] == "casatasks"
+    assert receipt["made_by"]["engine"] == "casatasks" and receipt["made_by"]["sessions"] == SESSION_OF
     # What the archive calls otherwise than the manifest is delivered under the manifest's names.
     assert not list(directory.glob("member.uid___A002*"))
     assert (directory / PREFIXED[0]).is_file()

@@ -247,6 +247,8 @@ def plan_restore(
     # The pipeline copies each manifest of products/ to rawdata/, and takes the first: only one may be fetched.
     unwanted = other_manifests(facts.files, chosen)
     named = {file.archived for block in blocks for file in (block.caltables, block.finalflags, block.applycmds)}
+    if auxproducts:
+        named.add(auxproducts)
     return RestorePlan(
         mous=facts.mous,
         project=facts.project,
