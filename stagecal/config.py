@@ -307,6 +307,7 @@ class Cluster:
     shared_work_area: bool = field(default=True, metadata=_read_by(_flag))
     max_load_per_core: float = field(default=0.9, metadata=_read_by(_number(1000)))
     lease_h: float = field(default=2.0, metadata=_read_by(_number(10_000)))
+    job_h: float = field(default=168.0, metadata=_read_by(_number(10_000)))
     poll_interval_s: float = field(default=5.0, metadata=_read_by(_SECONDS))
     ssh_key: Path | None = field(default=None, metadata=_read_by(_path))
     known_hosts: Path | None = field(default=None, metadata=_read_by(_path))
@@ -562,7 +563,9 @@ def _rules(read: Mapping[str, Mapping[str, Any]]) -> list[str]:
         *_backend_rules(read["archive"]),
         *_name_rules(read["cluster"], read["restore"]),
         *_runner_rules(read["cluster"]),
+        *_lease_rules(read["cluster"]),
         *_engine_rules(read["restore"]),
+        *_far_engine_rules(read["cluster"], read["restore"]),
         *_mail_rules(read["mail"]),
         *_directory_rules(read),
     ]
@@ -603,6 +606,16 @@ def _runner_rules(cluster: Mapping[str, Any]) -> Iterator[str]:
         yield '[cluster] shared_work_area: must be true with runner = "slurm"'
 
 
+def _lease_rules(cluster: Mapping[str, Any]) -> Iterator[str]:
+    lease_h, interval_s = cluster.get("lease_h", Cluster.lease_h), cluster.get("poll_interval_s", Cluster.poll_interval_s)
+    # A lease is renewed when its job is looked at, and a look or two may fail.
+    if _REPORTED not in (lease_h, interval_s) and interval_s > lease_h * 3600 / 4:
+        yield (
+            f"[cluster] poll_interval_s: must be at most a quarter of lease_h, {lease_h * 900:g} s: "
+            "else jobs end themselves between two looks"
+        )
+
+
 def _repeated(entries: Iterator[Any]) -> list[Any]:
     seen: dict[Any, int] = {}
     for entry in entries:
@@ -613,6 +626,30 @@ def _repeated(entries: Iterator[Any]) -> list[Any]:
 def _engine_rules(restore: Mapping[str, Any]) -> Iterator[str]:
     if restore.get("engine") == "command" and "command" not in restore:
         yield '[restore] command: is missing, and engine = "command" needs it'
+
+
+def _far_engine_rules(cluster: Mapping[str, Any], restore: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what an engine needs on nodes that are other machines: its programs there, and nodes that have them."""
+    runner, nodes, casa = cluster.get("runner", "local"), cluster.get("nodes", ()), restore.get("casa", ())
+    if runner not in ("ssh", "slurm"):
+        return
+    engine = restore.get("engine", "auto")
+    # Else "auto" is the site's own command, or finds a CASA of the nodes.
+    needs_worker = engine == "casatasks" or (engine == "auto" and "command" not in restore and not casa)
+    if needs_worker and "raw_fetch" in restore and "casa_worker" not in restore:
+        yield (
+            f'[restore] casa_worker: is missing, and runner = "{runner}" needs a path that is right on the nodes: '
+            "the one that is made by default lies in the home directory of this service"
+        )
+    if _REPORTED in (nodes, casa):
+        return
+    labels = {label for node in nodes for label in node.labels}
+    for entry in casa:
+        if entry.label and entry.label not in labels:
+            yield (
+                f'[restore.casa] label: no node carries "{entry.label}", which CASA {entry.version} needs: '
+                "add it to the labels of one in [[cluster.nodes]], or correct it"
+            )
 
 
 def _mail_rules(mail: Mapping[str, Any]) -> Iterator[str]:
@@ -654,7 +691,8 @@ def _directory_rules(read: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     """Yield directories that coincide, that the world could read, or that requesters could replace."""
     root, triggers = ("staging", "root"), ("triggers", "directory")
     work_area, state = ("cluster", "work_area"), ("state", "directory")
-    own = [triggers, work_area, root, state]
+    fetch_area = ("cluster", "fetch_area")
+    own = [triggers, work_area, root, state, fetch_area]
     private = [
         ("archive", "path"),
         ("archive", "password_file"),
@@ -684,6 +722,10 @@ def _directory_rules(read: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
             yield f"{_key(place)}: lies inside {_key(root)}, which the world can read: move it out"
         if inside(place, triggers) and place in own:
             yield f"{_key(place)}: lies inside {_key(triggers)}, where staff may write: move it out"
+    # What is brought there is emptied for the next job of the same number.
+    for other in (work_area, state):
+        if inside(fetch_area, other):
+            yield f"{_key(fetch_area)}: lies inside {_key(other)}: it needs a directory of its own, move it out"
 
 
 def _key(place: tuple[str, str]) -> str:
@@ -714,7 +756,7 @@ def read_secret(path: Path, *, group: str | None, environ: Mapping[str, str] | N
     """
     environ = os.environ if environ is None else environ
     path = _credential(path, environ) or path
-    given_by_systemd = str(path.parent) == environ.get("CREDENTIALS_DIRECTORY", "").rstrip("/")
+    given_by_systemd = _is_given_by_systemd(path, environ)
     try:
         # Without O_NONBLOCK, opening a named pipe by mistake would wait for ever.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -738,6 +780,27 @@ def read_secret(path: Path, *, group: str | None, environ: Mapping[str, str] | N
     if not secret or len(content) > _LONGEST_SECRET:
         raise UsageError(f"the secret file {path} is empty or far too long: write the secret alone into it")
     return secret
+
+
+def private_file_fault(path: Path, *, environ: Mapping[str, str] | None = None) -> str:
+    """Given a file that only its owner (this user or root) may read or write, as `read_secret` has it, return what is
+    wrong with it, ending in the command that mends it, or nothing. Raises OSError if it cannot be opened.
+    """
+    environ = os.environ if environ is None else environ
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        fault = _access_fault(descriptor, None, given_by_systemd=_is_given_by_systemd(path, environ))
+    finally:
+        os.close(descriptor)
+    if not fault:
+        return ""
+    import shlex
+
+    return f"{fault} {shlex.quote(str(path))}"
+
+
+def _is_given_by_systemd(path: Path, environ: Mapping[str, str]) -> bool:
+    return str(path.parent) == environ.get("CREDENTIALS_DIRECTORY", "").rstrip("/")
 
 
 def _access_fault(descriptor: int, group: str | None, *, given_by_systemd: bool) -> str:

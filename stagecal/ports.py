@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from stagecal.domain.archive_facts import MousFacts
-from stagecal.domain.records import NewMail, OutboxMail, ProductFile, Recipient, RecordedStep, Step
+from stagecal.domain.records import LeftBehind, NewMail, OutboxMail, ProductFile, Recipient, RecordedStep, Step
 from stagecal.domain.requests import Request, State
 from stagecal.domain.restore.chosen import ChosenRestore
 from stagecal.domain.restore.facts import RestoreFacts
@@ -70,9 +70,12 @@ class Archive(Protocol):
 
 @dataclass(frozen=True)
 class NodeLoad:
-    """One look at a node. `load_per_core` is None if it did not answer in time; `trouble` then says why.
+    """One look at a node. `load_per_core` is None if it did not answer in time or must not have jobs; `trouble` then
+    says why.
 
     `alarm` says that the trouble is one of security, which a person has to hear of: another host key than the pinned.
+    `clock_off_s` is by how many seconds its clock is ahead of this machine's (less than 0: behind), to a second or
+    two; None where that is not asked.
     """
 
     name: str
@@ -80,6 +83,7 @@ class NodeLoad:
     labels: tuple[str, ...] = ()
     trouble: str = ""
     alarm: bool = False
+    clock_off_s: float | None = None
 
 
 class JobState(StrEnum):
@@ -509,6 +513,18 @@ class Ledger(Protocol):
 
     def hand_over_job(self, request: Request, heir: Request, now: datetime) -> None:
         """Give the job of a request that is withdrawn to the heir, who goes on with it in STAGING."""
+        ...
+
+    def leave_behind(self, left: LeftBehind) -> None:
+        """Note a job directory that could not be removed."""
+        ...
+
+    def left_behind(self) -> Sequence[LeftBehind]:
+        """Return the job directories that could not be removed, the oldest first."""
+        ...
+
+    def forget_left(self, left: LeftBehind) -> None:
+        """Forget a job directory that is gone, or given up."""
         ...
 
     def set_wish(self, request_id: str, wish: str, now: datetime) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 
 from stagecal.domain.identifiers import masked_token
 from stagecal.domain.records import (
+    LeftBehind,
     MailKind,
     NewMail,
     OutboxMail,
@@ -103,6 +104,9 @@ _RESTORES = """
 ALTER TABLE requests ADD COLUMN engine TEXT NOT NULL DEFAULT '';
 ALTER TABLE requests ADD COLUMN casa_home TEXT NOT NULL DEFAULT '';
 ALTER TABLE requests ADD COLUMN leased_until TEXT;
+CREATE TABLE left_behind (
+    node TEXT NOT NULL, work TEXT NOT NULL, nonce TEXT NOT NULL, since TEXT NOT NULL, PRIMARY KEY (node, work, nonce)
+);
 """
 
 _MIGRATIONS = {0: _SCHEMA, 1: _VERIFICATION + _RESTORES}
@@ -363,6 +367,25 @@ class SqliteLedger:
             self._change(heir, State.STAGING, now, {**job, "not_before": None, "attempts": 0})
             self._add_step(request.id, Step("withdraw", "who goes on with the job?", heir.id, "handed over"), now)
             self._add_step(heir.id, Step("dispatch", "is it being made?", f"by {request.id}", "took its job over"), now)
+
+    def leave_behind(self, left: LeftBehind) -> None:
+        with self._transaction() as database:
+            database.execute(
+                "INSERT OR IGNORE INTO left_behind VALUES (?, ?, ?, ?)",
+                (left.node, left.work, left.nonce, left.since.isoformat()),
+            )
+
+    def left_behind(self) -> Sequence[LeftBehind]:
+        rows = self._rows("SELECT * FROM left_behind ORDER BY since, work")
+        return [
+            LeftBehind(row["node"], row["work"], row["nonce"], datetime.fromisoformat(row["since"])) for row in rows
+        ]
+
+    def forget_left(self, left: LeftBehind) -> None:
+        with self._transaction() as database:
+            database.execute(
+                "DELETE FROM left_behind WHERE node = ? AND work = ? AND nonce = ?", (left.node, left.work, left.nonce)
+            )
 
     def set_wish(self, request_id: str, wish: str, now: datetime) -> None:
         with self._transaction() as database:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from stagecal.adapters import job_directory as layout
 from stagecal.adapters.job_files import JobFiles, boot_id, claim, exists, read, uptime_s, write
+from stagecal.adapters.remote_shell import plain
 from stagecal.ports import FatalError, JobHandle, JobState, JobStatus, NodeLoad, TransientError
 
 
@@ -191,7 +192,7 @@ def _look(job: JobHandle, directory: int) -> layout.Sighting:
         wrapper=wrapper,
         wrapper_alive=alive,
         exit_code=exit_code,
-        ended=ended,
+        ended=plain(ended),
         survivors=survivors,
     )
 

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from stagecal.adapters import bulk_transfer
 from stagecal.adapters import job_directory as layout
-from stagecal.adapters.remote_shell import Answer, Envelope, HostKeyChangedError, Shell
+from stagecal.adapters.remote_shell import Answer, Envelope, Finding, HostKeyChangedError, Shell, plain
 from stagecal.ports import FatalError, JobHandle, JobState, JobStatus, NodeLoad, TransientError
 
 _FATAL = 70
@@ -52,15 +52,6 @@ class Machine:
     ssh_command: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was tried on a node: what, whether it is as jobs need it, and words for people."""
-
-    name: str
-    ok: bool
-    text: str
-
-
 class _Question:
     """Asks one node for its load in a thread of its own, so that nobody has to wait for a silent one."""
 
@@ -70,6 +61,7 @@ class _Question:
         self.alarm = False
         self.ended_at = 0.0
         self.asked_at = time.monotonic()
+        self.clock_at_asking = time.time()
         self.done = threading.Event()
         self._ask = ask
         threading.Thread(target=self._run, name="node load", daemon=True).start()
@@ -93,6 +85,9 @@ class SshNodes:
     brought to `fetch_area` on this machine, or are seen at the same path here if that is None. A node that was silent
     for the whole time-out is not asked for its load again for `rest_s` seconds: each question to a node whose disks
     hang leaves a process there, and costs everybody the time-out.
+
+    A lease is a time of day, so a node whose clock differs by more than `clock_slack_s` seconds from ours gets no job.
+    `reserve_bytes` have to stay free in the fetch area, and are free in the work area of a node that `check` approves.
     """
 
     def __init__(
@@ -109,6 +104,8 @@ class SshNodes:
         patience_s: float = 10.0,
         stall_s: float = 300.0,
         rest_s: float = 60.0,
+        clock_slack_s: float = 60.0,
+        reserve_bytes: int = 0,
     ) -> None:
         self.work_area = work_area
         self._machines = dict(machines)
@@ -121,6 +118,8 @@ class SshNodes:
         self._patience_s = patience_s
         self._stall_s = stall_s
         self._rest_s = rest_s
+        self._clock_slack_s = clock_slack_s
+        self._reserve_bytes = reserve_bytes
         self._questions: dict[str, _Question] = {}
         self._questions_lock = threading.Lock()
 
@@ -149,28 +148,37 @@ class SshNodes:
                 looks.append(self._silent(name, f"no answer within {self._timeout_s:g} s"))
         return looks
 
-    def check(self, node: str, casa_homes: Sequence[Path] = ()) -> Sequence[Finding]:
+    def check(
+        self, node: str, casa_homes: Sequence[Path] = (), casa_worker: Path | None = None
+    ) -> Sequence[Finding]:
         """Return what was tried on a node: the connection first, then what jobs need of it.
 
-        The work area, its free space and its locks, the tools, and these homes of CASA. Never raises for a node that
-        is configured.
+        The clock, the work area, its free space and its locks, the tools, these homes of CASA, and the Python that
+        has casatasks (if one is given). Never raises for a node that is configured.
         """
-        token = secrets.token_hex(4)
+        machine = self._machine(node)
+        place = (str(self.work_area), "-", "-", secrets.token_hex(4))
+        reserve_kib = math.ceil(self._reserve_bytes / 1024)
         try:
-            machine = self._machine(node)
+            # Nothing else is asked along: what takes long would hide how far the clock is ahead.
+            machine.shell.run("true", timeout_s=4 * self._timeout_s)
+            begin = time.time()
+            clock = machine.shell.run(self._program, "clock", *place, timeout_s=4 * self._timeout_s)
+            end = time.time()
             answer = machine.shell.run(
                 self._program,
-                *("check", str(self.work_area), "-", "-", token, *map(str, casa_homes)),
+                *("check", *place, str(reserve_kib), str(casa_worker or "-"), *map(str, casa_homes)),
                 timeout_s=4 * self._timeout_s,
             )
         except (TransientError, FatalError) as error:
             return (Finding("connection", False, str(error)),)
         findings = [Finding("connection", True, "the host key is the pinned one, and our key is taken")]
+        findings.append(self._clock_finding(clock.output, begin, end))
         for line in answer.output.decode("utf-8", errors="replace").splitlines():
             name, ok, text = [*line.split("\t", 2), "", ""][:3]
-            findings.append(Finding(name, ok == "yes", text))
+            findings.append(Finding(plain(name), ok == "yes", plain(text)))
         if answer.code:
-            findings.append(Finding("shell", False, _words(answer) or f"the check ended with {answer.code}"))
+            findings.append(Finding("shell", False, plain(_last_words(answer)) or f"the check ended with {answer.code}"))
         return findings
 
     def close(self) -> None:
@@ -253,7 +261,8 @@ class SshNodes:
             ssh_command=machine.ssh_command,
         )
         copy = self._fetch_area / job.work
-        bulk_transfer.fetch(source, copy, job.nonce, tell, stall_s=self._stall_s)
+        bulk_transfer.fetch(
+            source, copy, job.nonce, tell, stall_s=self._stall_s, reserve_bytes=self._reserve_bytes)
         return copy
 
     def cancel(self, job: JobHandle) -> None:
@@ -320,8 +329,8 @@ class SshNodes:
             raise _UnreachableError(f"cannot {verb} {job.work}: {error}") from error
         if answer.code == 0:
             return answer.output
-        words = _words(answer) or f"node.sh ended with {answer.code}"
-        message = f"cannot {verb} {job.work} on {job.node}: {words}"
+        words = _last_words(answer)
+        message = f"cannot {verb} {job.work} on {job.node}: {plain(words) or f'node.sh ended with {answer.code}'}"
         if answer.code == _FATAL:
             raise FatalError(message)
         if answer.code == _SYSTEM_TROUBLE and any(reason in words for reason in _WAITING_DOES_NOT_HELP):
@@ -343,7 +352,7 @@ class SshNodes:
             wrapper=layout.read_pid(seen.get("pid"), job.nonce),
             wrapper_alive="alive" in seen,
             exit_code=layout.read_exit(seen.get("exit")),
-            ended=layout.read_ended(seen.get("ended")),
+            ended=plain(layout.read_ended(seen.get("ended"))),
             survivors=survivors,
         )
 
@@ -363,13 +372,27 @@ class SshNodes:
             return NodeLoad(name, None, self._machines[name].labels, question.trouble, question.alarm)
         words = question.answer.decode("utf-8", errors="replace").split()
         try:
-            load, cores = (float(word) for word in words)
+            load, cores, clock = (float(word) for word in words)
             per_core = load / cores
         except (ValueError, ZeroDivisionError):
-            return self._silent(name, " ".join(words)[:200] or "it answered nothing")
+            return self._silent(name, plain(" ".join(words)) or "it answered nothing")
         if not math.isfinite(per_core):
-            return self._silent(name, f"it reports an impossible load ({' '.join(words)})")
-        return NodeLoad(name, per_core, self._machines[name].labels)
+            return self._silent(name, f"it reports an impossible load ({plain(' '.join(words))})")
+        answered_at = question.clock_at_asking + question.ended_at - question.asked_at
+        off_s = clock_off(clock, question.clock_at_asking, answered_at)
+        labels = self._machines[name].labels
+        # What is no number is off, too.
+        if not abs(off_s) <= self._clock_slack_s:
+            return NodeLoad(name, None, labels, _clock_trouble(off_s), clock_off_s=off_s)
+        return NodeLoad(name, per_core, labels, clock_off_s=off_s)
+
+    def _clock_finding(self, output: bytes, begin: float, end: float) -> Finding:
+        if not output.strip().isdigit():
+            return Finding("clock", False, f"it cannot tell its time: {plain(output.decode(errors='replace'))}")
+        off_s = clock_off(float(output), begin, end)
+        if abs(off_s) > self._clock_slack_s:
+            return Finding("clock", False, _clock_trouble(off_s))
+        return Finding("clock", True, f"goes with ours ({off_s:+.0f} s)")
 
     def _silent(self, name: str, trouble: str) -> NodeLoad:
         return NodeLoad(name, None, self._machines[name].labels, trouble)
@@ -379,16 +402,28 @@ class _UnreachableError(TransientError):
     """The node did not answer: what became of the verb is not known."""
 
 
+def clock_off(told: float, begin: float, end: float) -> float:
+    """Return by how many seconds the clock of a node is ahead of ours at least (less than 0: behind), 0 if it may be
+    right: it told a time when ours was between `begin` and `end`. All times are seconds since 1970.
+    """
+    return told - min(max(told, begin), end)
+
+
+def _clock_trouble(off_s: float) -> str:
+    where = "ahead of" if off_s > 0 else "behind"
+    return f"its clock is {abs(off_s):.0f} s off: {where} ours, and jobs live by the time of day; let both keep time"
+
+
 def _fields(output: bytes) -> dict[str, str]:
     """Return name -> value of the lines that node.sh tells."""
     lines = output.decode("ascii", errors="replace").split("\n")
     return {name: value for name, _, value in (line.partition(" ") for line in lines) if name}
 
 
-def _words(answer: Answer) -> str:
-    """Return the errors of a script in one line, not too long, what node.sh itself said (the last line) first."""
+def _last_words(answer: Answer) -> str:
+    """Return the last errors of a script as they are, what node.sh itself said (the last line) first."""
     lines = [line.strip() for line in answer.errors.decode("utf-8", errors="replace").splitlines() if line.strip()]
-    return ": ".join(reversed(lines[-4:]))[:600]
+    return ": ".join(reversed(lines[-4:]))
 
 
 def _package(contents: Mapping[str, bytes]) -> bytes:

@@ -22,11 +22,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Protocol
 
+from stagecal.config import private_file_fault
 from stagecal.ports import FatalError, TransientError
 
 OUTPUT_LIMIT = 64 * 1024 * 1024
 ERRORS_LIMIT = 256 * 1024
 LINE_LIMIT = 64 * 1024
+WORDS_LIMIT = 300
 DEFAULT_TIMEOUT_S = 30.0
 
 # Stands where the ssh program wants a host; the real one is an option, so that no host can pass for an option.
@@ -43,6 +45,15 @@ class Answer:
     code: int
     output: bytes
     errors: bytes
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was tried on a machine: what, whether it is as jobs need it, and words for people."""
+
+    name: str
+    ok: bool
+    text: str
 
 
 class Shell(Protocol):
@@ -91,7 +102,10 @@ class SshTarget:
         return self.host if self.port == 22 else f"[{self.host}]:{self.port}"
 
     def check_files(self) -> None:
-        """Raise FatalError if the key or the known host keys cannot be read. No other keys than this one are tried."""
+        """Raise FatalError if the key or the known host keys cannot be read, or others can read or write the key.
+
+        No other keys than this one are tried.
+        """
         if self.key is None:
             raise FatalError(f"{self.node}: there is no private key to be let in with: set [cluster] ssh_key")
         for file, what in ((self.known_hosts, "known host keys"), (self.key, "private key")):
@@ -100,6 +114,12 @@ class SshTarget:
                     f"{self.node}: the file of the {what}, {file}, is not there or cannot be read: "
                     f"set [cluster] {'ssh_key' if file is self.key else 'known_hosts'}"
                 )
+        try:
+            fault = private_file_fault(self.key)
+        except OSError as error:
+            raise FatalError(f"{self.node}: the private key {self.key} cannot be read: {error.strerror}") from error
+        if fault:
+            raise FatalError(f"{self.node}: the private key {self.key} {fault}")
 
     def unknown_host_key(self) -> FatalError:
         """Return the error for a node whose host key nobody has pinned."""
@@ -122,6 +142,20 @@ class SshTarget:
             f"{self.node}: {self.host} refuses our key {self.key} ({words}): "
             "add its public half to authorized_keys of the account on the node"
         )
+
+
+# --- what a machine says -------------------------------------------------------------------------------------------
+
+
+def printable(text: str) -> str:
+    """Return text for a terminal: what would steer it (escapes, bells, line ends, marks of direction) becomes a ?."""
+    return text if text.isprintable() else "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def plain(words: str, limit: int = WORDS_LIMIT) -> str:
+    """Return words of another machine as one printable line of at most `limit` characters."""
+    line = printable(" ".join(words.split()))
+    return line if len(line) <= limit else f"{line[: limit - 3]}..."
 
 
 # --- how a script travels ------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from stagecal.adapters.remote_shell import (
     Answerer,
     Envelope,
     SshTarget,
+    plain,
     run_program,
 )
 from stagecal.ports import FatalError, TransientError
@@ -306,7 +307,8 @@ def _trouble(target: SshTarget, errors: bytes) -> Exception:
 
 
 def _words(errors: bytes) -> str:
-    return " ".join(errors.decode("utf-8", errors="replace").split())[-400:] or "ssh said nothing"
+    # What `_trouble` looks for is long where a server offers much.
+    return plain(" ".join(errors.decode("utf-8", errors="replace").split())[-400:], 400) or "ssh said nothing"
 
 
 def _quoted(path: Path) -> str:

@@ -26,6 +26,7 @@ from stagecal.adapters.remote_shell import (
     Envelope,
     SshTarget,
     keep,
+    plain,
 )
 from stagecal.ports import FatalError, TransientError
 
@@ -396,4 +397,4 @@ def _trouble(target: SshTarget, error: BaseException) -> BaseException:
 
 
 def _said(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return plain(str(error)) or type(error).__name__

@@ -90,21 +90,26 @@ def _daemon(config: Config, site: Site, lease: Lease) -> _Daemon:
 
     know_root(site)
     wiring.mend(config)
-    if config.restore.chosen_engine == "casatasks":
+    if config.restore.chosen_engine == "casatasks" or (
+        config.restore.chosen_engine == "auto" and config.restore.raw_fetch and not config.restore.casa
+    ):
         from stagecal.casa_worker import ensure_casa_worker
 
         # The first start may download it, which takes longer than a service may take to start.
         wiring.ask_for_time(1800)
         ensure_casa_worker(config.restore.casa_worker, progress=sys.stderr)
     wake = threading.Event()
-    executor = ThreadPoolExecutor(max_workers=_THREADS, thread_name_prefix="step")
+    # Each job that ended may be packed for hours, and keeps a thread; looks at the others never wait for that.
+    executor = ThreadPoolExecutor(max_workers=_THREADS + config.cluster.max_jobs, thread_name_prefix="step")
+    post = ThreadPoolExecutor(max_workers=2, thread_name_prefix="post")
     return _Daemon(
         config=config,
         site=site,
         lease=lease,
         wake=wake,
         executor=executor,
-        rounds=Rounds(site, Receiver(site), executor, wake.set),
+        post=post,
+        rounds=Rounds(site, Receiver(site), executor, post, wake.set),
         watch=wiring.directory_watch(config, wake.set),
         ended=threading.Event(),
     )
@@ -119,6 +124,7 @@ class _Daemon:
     lease: Lease
     wake: threading.Event
     executor: ThreadPoolExecutor
+    post: ThreadPoolExecutor
     rounds: Rounds
     watch: DirectoryWatch
     ended: threading.Event
@@ -127,6 +133,7 @@ class _Daemon:
     lease_trouble: str = ""
     housekept_at: float = 0.0
     scrub: threading.Thread | None = None
+    leftovers: Future[None] | None = None
 
     def run(self, *, until_idle: bool) -> int:
         import schedule
@@ -192,7 +199,8 @@ class _Daemon:
         if self.scrub is not None:
             self.scrub.join(_SCRUB_ENDS_S)
         busy = any(not future.done() for future in self.rounds.in_flight.values())
-        self.executor.shutdown(wait=not busy, cancel_futures=True)
+        for pool in (self.executor, self.post):
+            pool.shutdown(wait=not busy, cancel_futures=True)
         self.lease.release()
         if busy:
             logging.shutdown()
@@ -276,13 +284,23 @@ class _Daemon:
             from stagecal import wiring
 
             wiring.keep_triggers_tidy(self.config, self.site.clock.now())
+            if self.leftovers is None or self.leftovers.done():
+                self.leftovers = self.executor.submit(self._remove_leftovers)
             self.housekept_at = time.monotonic()
 
+    def _remove_leftovers(self) -> None:
+        from stagecal.services.dispatching import clean_what_was_left
+
+        try:
+            clean_what_was_left(self.site)
+        except Exception:
+            log.exception("the job directories that were left behind")
+
     def _threads_live(self) -> bool:
-        """Return whether the threads still take work: if all of them hang, systemd has to restart us."""
+        """Return whether the threads that do nothing long still take work: if they hang, systemd has to restart us."""
         if self.probe is not None and not self.probe.done():
             return False
-        self.probe = self.executor.submit(_nothing)
+        self.probe = self.post.submit(_nothing)
         return True
 
 

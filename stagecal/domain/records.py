@@ -25,6 +25,16 @@ class RecordedStep:
     step: Step
 
 
+@dataclass(frozen=True)
+class LeftBehind:
+    """The directory of a dead job that could not be removed, and since when."""
+
+    node: str
+    work: str
+    nonce: str
+    since: datetime
+
+
 class MailKind(StrEnum):
     """Which mails there are."""
 

@@ -7,6 +7,7 @@ job stays unknown: nothing is started elsewhere until the node has answered.
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections import Counter
 from contextlib import suppress
@@ -16,12 +17,12 @@ from typing import Any
 
 from stagecal.domain import terminal
 from stagecal.domain.identifiers import sanitized
-from stagecal.domain.records import Step
+from stagecal.domain.records import LeftBehind, Step
 from stagecal.domain.requests import Origin, Request, State
 from stagecal.domain.scheduling import Wanted, choose_node, explain_choice
 from stagecal.domain.turns import Turns, turns
 from stagecal.domain.verdicts import Verdict
-from stagecal.ports import EngineJob, FatalError, JobHandle, JobState, JobStatus, TransientError
+from stagecal.ports import EngineJob, FatalError, JobHandle, JobState, JobStatus, StaleRequestError, TransientError
 from stagecal.services.alarms import alarm_mail
 from stagecal.services.collecting import ProductError, WithdrawnMeanwhileError, collect, collect_restored
 from stagecal.services.context import Site
@@ -30,8 +31,12 @@ from stagecal.services.publishing import published_already, published_lines
 from stagecal.services.restoring import chosen_restore
 from stagecal.services.reuse import serve_from_staged
 
+log = logging.getLogger(__name__)
+
 MAXIMUM_LOSSES = 3
 REST = timedelta(seconds=30)
+_NONE = "none: wait"
+_LONG_WITHOUT_A_NODE = timedelta(hours=4)
 # After its lease a job's wrapper looks once more, ends everything, and clocks may differ: then nothing of it lives.
 LEASE_GRACE = timedelta(minutes=10)
 
@@ -143,7 +148,10 @@ def _dispatch(site: Site, request: Request, now: datetime) -> Request:
     seen = "; ".join(f"{opinion.name} {opinion.reason}" for opinion in opinions)
     if node is None:
         if not request.reason.startswith(no_node):
-            site.ledger.note(request.id, Step("dispatch", "which node has low load?", seen, "none: wait"), now)
+            site.ledger.note(request.id, Step("dispatch", "which node has low load?", seen, _NONE), now)
+        elif now - _waits_since(site, request) > _LONG_WITHOUT_A_NODE:
+            alarm = alarm_mail(site, "no node is fit for hours", f"{no_node}: {seen}", now, about=label)
+            site.ledger.enqueue("", [alarm], now)
         return site.ledger.commit(request, now=now, not_before=now + REST, reason=f"{no_node}: {seen}")
     job = JobHandle(node, work, nonce)
     claimed = site.ledger.claim_slot(
@@ -155,9 +163,16 @@ def _dispatch(site: Site, request: Request, now: datetime) -> Request:
         node=job.node,
         work=job.work,
         nonce=job.nonce,
+        leased_until=None,
         reason="",
     )
     return claimed or request
+
+
+def _waits_since(site: Site, request: Request) -> datetime:
+    """Return since when the request waits for a node that is fit."""
+    times = [step.time for step in site.ledger.steps(request.id) if step.step.decided == _NONE]
+    return times[-1] if times else request.since
 
 
 def _waits_before(site: Site, request: Request, no_node: str, now: datetime) -> Request | None:
@@ -238,9 +253,13 @@ def _started_lines(site: Site, request: Request, made: EngineJob, job: JobHandle
 def _record_of(request: Request) -> bytes:
     """Return what a job directory says of its request, so that a lost ledger can be made anew.
 
-    The token is not in it: it is a secret of the user's, and job directories are read by others.
+    The token is not in it: it is a secret of the user's, and job directories are read by others. Who asked by a trigger
+    is not in it either: the trigger says so.
     """
-    names = ("node", "work", "nonce", "mous", "execution_blocks", "calibration", "recipe", "lost_on")
+    names = ["node", "work", "nonce", "origin", "mous", "project", "calfields", "execution_blocks"]
+    names += ["calibration", "recipe", "lost_on"]
+    if request.origin is not Origin.TRIGGER:
+        names += ["ticket", "email", "engine", "casa_home"]
     record = {"request": request.id, **{name: getattr(request, name) for name in names}}
     return json.dumps(record, indent=1).encode() + b"\n"
 
@@ -250,6 +269,10 @@ def step_staging(site: Site, request: Request, now: datetime) -> Request:
     job = handle_of(request)
     status = status_now(site, request, now)
     if status.state is JobState.RUNNING:
+        longest = site.config.cluster.job_h
+        if now - request.since > timedelta(hours=longest):
+            reason = f"the job on {job.node} still ran after {longest:g} hours ([cluster] job_h): it was ended"
+            return fail(site, request, reason, now)
         until = lease_until(site, now)
         request = site.ledger.commit(
             request,
@@ -271,8 +294,15 @@ def step_staging(site: Site, request: Request, now: datetime) -> Request:
     if status.exit_code != 0:
         reason = f"the job on {job.node} ended with exit code {status.exit_code}"
         return fail(site, request, reason, now, job_is_dead=True)
+    # The job is dead and its results are complete: a node that is silent for a while must not make it lost.
+    request = site.ledger.commit(request, now=now, leased_until=lease_until(site, now))
     try:
         return collect_restored(site, request, now) if request.origin is Origin.RESTORE else collect(site, request, now)
+    except TransientError:
+        with suppress(StaleRequestError):
+            later = site.clock.now()
+            site.ledger.commit(request, now=later, leased_until=lease_until(site, later))
+        raise
     except ProductError as error:
         return fail(site, request, str(error), now, job_is_dead=True)
     except WithdrawnMeanwhileError:
@@ -290,6 +320,9 @@ def status_now(site: Site, request: Request, now: datetime) -> JobStatus:
     except FatalError as trouble:
         status = JobStatus(JobState.UNREACHABLE, detail=str(trouble))
         _alarm(site, request, str(trouble), now)
+    if status.state is JobState.UNREACHABLE and request.leased_until is None:
+        # The lease is on record before anything of the job is sent.
+        return JobStatus(JobState.NOT_STARTED, detail=f"nothing of it was sent to {request.node}")
     if status.state is JobState.UNREACHABLE and lease_is_over(request, now):
         detail = f"{request.node} has not answered since before the lease was over, with which the job ended itself"
         return JobStatus(JobState.LOST, detail=f"{detail} ({status.detail})")
@@ -312,16 +345,12 @@ def _lost(site: Site, request: Request, detail: str, now: datetime) -> Request:
     if len(lost_on) >= MAXIMUM_LOSSES:
         reason = f"the job was lost on {', '.join(lost_on)} ({detail})"
         return fail(site, request, reason, now, job_is_dead=True)
-    left = ""
-    try:
-        site.nodes.clean(handle_of(request))
-    except (TransientError, FatalError) as trouble:
-        left = f"; {request.work} was left behind: {trouble}"
+    request = cleaned(site, request, now)
     return site.ledger.commit(
         request,
         now=now,
         to=State.ACCEPTED,
-        step=Step("poll", "does the job live?", f"lost on {request.node}: {detail}{left}", "start it again"),
+        step=Step("poll", "does the job live?", f"lost on {request.node}: {detail}", "start it again"),
         holds_slot=False,
         lost_on=lost_on,
         node="",
@@ -329,6 +358,34 @@ def _lost(site: Site, request: Request, detail: str, now: datetime) -> Request:
         nonce="",
         leased_until=None,
     )
+
+
+def cleaned(site: Site, request: Request, now: datetime) -> Request:
+    """Remove the job directory of a job that is dead; return the request without it.
+
+    What cannot be removed now (the node is silent or gone) keeps nobody waiting: it is tried again now and then.
+    """
+    job = handle_of(request)
+    try:
+        site.nodes.clean(job)
+        seen = "removed"
+    except (TransientError, FatalError) as trouble:
+        seen = f"left behind for now: {trouble}"
+        site.ledger.leave_behind(LeftBehind(job.node, job.work, job.nonce, now))
+    return site.ledger.commit(request, now=now, step=Step("clean", f"{job.work} on {job.node}", seen), work="")
+
+
+def clean_what_was_left(site: Site) -> None:
+    """Try again to remove the job directories that could not be removed; one of a node that is gone is given up."""
+    known = {node.name for node in site.config.cluster.nodes}
+    for left in site.ledger.left_behind():
+        if left.node not in known:
+            log.warning("%s on %s is left for ever: the node is no longer configured", left.work, left.node)
+            site.ledger.forget_left(left)
+            continue
+        with suppress(TransientError, FatalError):
+            site.nodes.clean(JobHandle(left.node, left.work, left.nonce))
+            site.ledger.forget_left(left)
 
 
 def fail(site: Site, request: Request, reason: str, now: datetime, *, job_is_dead: bool = False) -> Request:
@@ -399,6 +456,7 @@ def node_overview(site: Site, label: str) -> list[dict[str, Any]]:
             "reachable": look.load_per_core is not None,
             "load_per_core": look.load_per_core,
             "labels": list(look.labels),
+            "left_behind": [left.work for left in site.ledger.left_behind() if left.node == look.name],
             "jobs": [
                 {"job": job.work, "request": job.id, "mous": job.mous, "state": job.state.value}
                 for job in jobs

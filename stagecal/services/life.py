@@ -13,15 +13,14 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 
 from stagecal.domain.records import MailKind, RecipientState, Step
-from stagecal.domain.requests import WITHDRAWABLE, Outcome, Request, State, retry_delay
+from stagecal.domain.requests import WITHDRAWABLE, Origin, Outcome, Request, State, retry_delay
 from stagecal.ports import FatalError, JobState, StaleRequestError, TransientError
 from stagecal.services.alarms import alarm_mail
 from stagecal.services.context import STAGED_DATA_LOCK, Site
 from stagecal.services.dispatching import (
+    cleaned,
     ended_by_us,
     fail,
-    handle_of,
-    lease_is_over,
     status_now,
     step_accepted,
     step_dispatching,
@@ -161,7 +160,7 @@ def _retry(site: Site, request: Request, now: datetime) -> Request:
             step=Step("retry", decided="send the mail again"),
         )
     if request.work:
-        site.nodes.clean(handle_of(request))
+        request = cleaned(site, request, now)
     withdraw_data(site, request, now)
     return site.ledger.commit(
         request,
@@ -175,6 +174,7 @@ def _retry(site: Site, request: Request, now: datetime) -> Request:
         node="",
         work="",
         nonce="",
+        leased_until=None,
         lost_on=(),
         waits_for="",
         failed_with="",
@@ -224,15 +224,9 @@ def step_withdrawing(site: Site, request: Request, now: datetime) -> Request:
         return site.ledger.commit(
             request, now=now, holds_slot=False, step=Step("cancel", "does the job live?", status.state, "slot free")
         )
-    if request.work:
-        try:
-            site.nodes.clean(handle_of(request))
-        except TransientError as trouble:
-            # A node that is gone for good must not keep a request for ever.
-            if not lease_is_over(request, now):
-                raise
-            left = Step("clean", request.work, f"left behind: {trouble}")
-            request = site.ledger.commit(request, now=now, step=left, work="")
+    is_restored = request.origin is Origin.RESTORE and status_now(site, request, now).state is JobState.EXITED
+    if request.work and not is_restored:
+        request = cleaned(site, request, now)
     withdraw_data(site, request, now)
     return _close(site, request, now, Outcome.WITHDRAWN)
 

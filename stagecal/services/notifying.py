@@ -21,7 +21,7 @@ from stagecal.domain.verdicts import Verdict, advice
 from stagecal.ports import FatalError, MailReply, RecipientResult, TransientError
 from stagecal.services.alarms import alarm_mail, new_mail
 from stagecal.services.context import Site
-from stagecal.services.dispatching import handle_of, release_slot
+from stagecal.services.dispatching import cleaned, handle_of, release_slot
 from stagecal.services.judging import judge_request
 from stagecal.services.publishing import page_values
 
@@ -341,7 +341,7 @@ def step_staged(site: Site, request: Request, now: datetime) -> Request:
     if request.origin is Origin.RESTORE:
         return _restored(site, request, now)
     if request.work:
-        return _cleaned(site, request, now)
+        return cleaned(site, request, now)
     if not site.staging.is_published(request.token):
         return site.ledger.commit(
             request,
@@ -400,16 +400,6 @@ def _restored(site: Site, request: Request, now: datetime) -> Request:
     )
 
 
-def _cleaned(site: Site, request: Request, now: datetime) -> Request:
-    """Remove the job directory of a staging that ended well; one that cannot be removed must not keep the mail."""
-    try:
-        site.nodes.clean(handle_of(request))
-        seen = "removed"
-    except (TransientError, FatalError) as trouble:
-        seen = f"left behind: {trouble}"
-    return site.ledger.commit(request, now=now, step=Step("clean", f"{request.work}", seen), work="")
-
-
 def _notified(site: Site, request: Request, now: datetime) -> Request:
     staging = site.ledger.staging(request.token)
     return site.ledger.commit(
@@ -466,24 +456,24 @@ def _refusal_told(site: Site, request: Request, now: datetime) -> Request:
 
 
 def step_failed(site: Site, request: Request, now: datetime) -> Request:
-    """FAILED: the maintainer gets one mail with everything; then a person looks."""
+    """FAILED: the maintainer gets one mail with everything; its slot is given back; then a person looks."""
+    if request.failed_with:
+        seen = f"told for {request.failed_with}"
+    else:
+        # First of all, for a node that is silent may keep the slot for hours.
+        mail = deliver(site, _enqueued(site, request, failed_mail(site, request, now), now), now)
+        if not (mail.accepted or mail.refused):
+            return site.ledger.commit(request, now=now, not_before=mail.next_attempt)
+        seen = "yes" if mail.accepted else f"refused for good: {mail.primary[0].text}"
     if request.holds_slot:
         return release_slot(site, request, now)
-    if request.failed_with:
-        return site.ledger.commit(
-            request, now=now, to=State.HELD, step=Step("notify", seen=f"told for {request.failed_with}", decided="HELD")
-        )
-    mail = deliver(site, _enqueued(site, request, failed_mail(site, request, now), now), now)
-    if mail.accepted or mail.refused:
-        seen = "yes" if mail.accepted else f"refused for good: {mail.primary[0].text}"
-        return site.ledger.commit(
-            request, now=now, to=State.HELD, step=Step("notify", "is the maintainer told?", seen, "HELD")
-        )
-    return site.ledger.commit(request, now=now, not_before=mail.next_attempt)
+    return site.ledger.commit(
+        request, now=now, to=State.HELD, step=Step("notify", "is the maintainer told?", seen, "HELD")
+    )
 
 
 def _job_given_up(site: Site, request: Request, now: datetime) -> Request:
     """Remove what the job of a refused request left."""
     if request.holds_slot:
         return release_slot(site, request, now)
-    return _cleaned(site, request, now) if request.work else request
+    return cleaned(site, request, now) if request.work else request

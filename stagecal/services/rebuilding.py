@@ -1,6 +1,7 @@
 """Makes a lost ledger anew from what stands elsewhere: sidecars, published receipts, job directories, triggers.
 
 Every one of them carries the request's id. Nothing is started, mailed or deleted by it; the daemon goes on afterwards.
+A job for which nobody waits any more is told to end, and while it may live no other one is started.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 from stagecal.domain.records import ProductFile, Step
 from stagecal.domain.requests import Origin, Outcome, Request, State
 from stagecal.domain.retention import Staging
-from stagecal.ports import JobHandle, JobState
+from stagecal.ports import FatalError, JobHandle, JobState, JobStatus, TransientError
 from stagecal.services.context import Site
 from stagecal.services.dispatching import lease_until
 from stagecal.services.receiving import Receiver
@@ -47,7 +48,7 @@ def rebuild(site: Site, ledger: Any, work_area: Path, now: datetime) -> Rebuilt:
         if site.ledger.staging(token) is None:
             _restore_from_receipt(site, ledger, token, now, result)
     _restore_triggers(site, ledger, now, result)
-    _restore_jobs(site, work_area, now, result)
+    _restore_jobs(site, ledger, work_area, now, result)
     return result
 
 
@@ -156,39 +157,113 @@ def _restore_triggers(site: Site, ledger: Any, now: datetime, result: Rebuilt) -
             result.requests.append(request.id)
 
 
-def _restore_jobs(site: Site, work_area: Path, now: datetime, result: Rebuilt) -> None:
-    """Give open requests their running jobs back, so that none is started twice."""
+def _restore_jobs(site: Site, ledger: Any, work_area: Path, now: datetime, result: Rebuilt) -> None:
+    """Give open requests their jobs back, so that none is started twice; end those that nobody asks for any more."""
+    cluster = site.config.cluster
+    if cluster.runner == "ssh" and not cluster.shared_work_area:
+        _hold(site, now, "job directories lie on the nodes only, where jobs may still run", result)
     for directory in sorted(work_area.glob("WORK*")):
         if not _WORK.fullmatch(directory.name):
             continue
         try:
-            job = json.loads((directory / "request.json").read_text(encoding="utf-8"))
-            handle = JobHandle(job["node"], directory.name, job["nonce"])
-            known = site.ledger.find(job["request"])
-            found = {name: job[name] for name in ("calibration", "recipe")}
-            found |= {name: tuple(job[name]) for name in ("execution_blocks", "lost_on")}
+            record = json.loads((directory / "request.json").read_text(encoding="utf-8"))
+            job = JobHandle(record["node"], directory.name, record["nonce"])
+            found = _found_in(record)
         except (OSError, ValueError, KeyError, TypeError):
             result.remarks.append(f"{directory}: no job directory of ours, or incomplete: left alone")
             continue
-        status = site.nodes.poll(handle)
-        waits = bool(known) and known[0].state in (State.RECEIVED, State.ACCEPTED) and not known[0].work
-        if not waits:
-            result.remarks.append(f"{directory}: its request is not open ({status.state}): look and remove it")
+        try:
+            status = site.nodes.poll(job)
+        except (TransientError, FatalError) as trouble:
+            status = JobStatus(JobState.UNREACHABLE, detail=str(trouble))
+        if status.state in (JobState.NOT_STARTED, JobState.LOST):
+            result.remarks.append(f"{directory}: its job is {status.state}: look and remove it")
             continue
-        if status.state in (JobState.RUNNING, JobState.UNREACHABLE, JobState.EXITED):
-            _adopt(site, known[0], found, handle, now)
+        if found["origin"] is Origin.RESTORE and status.state is JobState.EXITED:
+            result.remarks.append(f"{directory}: a restore that has ended: its results are in products/")
+            continue
+        request = _who_waits_for(site, ledger, record, found, now)
+        if request is not None:
+            _adopt(site, request, found, job, now)
             result.jobs.append(directory.name)
+        elif status.state is JobState.EXITED:
+            result.remarks.append(f"{directory}: its job ended and its request is not open: look and remove it")
+        else:
+            _end(site, job, directory, now, result)
+
+
+def _found_in(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a job directory says of its request. Raises KeyError, ValueError or TypeError if it says it not."""
+    # A job of the first version says neither who asked nor for which fields.
+    record = {"origin": "trigger", "project": "", "calfields": ["?"], **record}
+    found: dict[str, Any] = {name: str(record[name]) for name in ("calibration", "recipe", "mous", "project")}
+    found |= {name: tuple(map(str, record[name])) for name in ("execution_blocks", "lost_on", "calfields")}
+    return {**found, "origin": Origin(record["origin"])}
+
+
+def _who_waits_for(
+    site: Site, ledger: Any, record: Mapping[str, Any], found: Mapping[str, Any], now: datetime
+) -> Request | None:
+    """Return the request that a job works for: its own, one that wants the same, or one that an operator typed."""
+    waiting = [
+        one for one in site.ledger.open_requests() if one.state in (State.RECEIVED, State.ACCEPTED) and not one.work
+    ]
+    same = [one for one in waiting if one.id == record["request"]]
+    if found["origin"] is Origin.TRIGGER:
+        # Its own trigger may be gone, and the job have passed to another request for the same.
+        same += [one for one in waiting if (one.mous, one.calfields) == (found["mous"], found["calfields"])]
+    elif not site.ledger.find(str(record["request"])):
+        typed = Request(
+            id=str(record["request"]),
+            sequence=0,
+            origin=found["origin"],
+            mous=found["mous"],
+            project=found["project"],
+            ticket=str(record.get("ticket", "")),
+            user="",
+            email=str(record.get("email", "")),
+            calfields=found["calfields"],
+            contact="",
+            trigger_name="",
+            trigger_text="",
+            trigger_sha256="",
+            received_at=now,
+            state=State.RECEIVED,
+            since=now,
+            engine=str(record.get("engine", "")),
+            casa_home=str(record.get("casa_home", "")),
+        )
+        ledger.restore(typed, None, (), ())
+        same += site.ledger.find(typed.id)
+    return same[0] if same else None
+
+
+def _end(site: Site, job: JobHandle, directory: Path, now: datetime, result: Rebuilt) -> None:
+    """Tell a job to end for which nobody waits; while it may live no other is started."""
+    try:
+        site.nodes.cancel(job)
+        result.remarks.append(f"{directory}: nobody asks for it any more: its job was told to end")
+    except (TransientError, FatalError) as trouble:
+        result.remarks.append(f"{directory}: nobody asks for it any more, and it cannot be told to end: {trouble}")
+    _hold(site, now, f"the job in {directory} on {job.node} may still live", result)
+
+
+def _hold(site: Site, now: datetime, why: str, result: Rebuilt) -> None:
+    site.ledger.set_setting("held", now.isoformat(timespec="seconds"))
+    lease = site.config.cluster.lease_h
+    result.remarks.append(f"{why}: no job is started until `stagecal release` (jobs end themselves after {lease:g} h)")
 
 
 def _adopt(site: Site, request: Request, found: Mapping[str, Any], handle: JobHandle, now: datetime) -> None:
     """Give a request that waits the job that was found running for it; it is judged again before its mail."""
+    names = ("calibration", "recipe", "execution_blocks", "lost_on")
     accepted = site.ledger.commit(
         request,
         now=now,
         to=State.ACCEPTED,
-        token=site.new_secret(),
+        token="" if request.origin is Origin.RESTORE else site.new_secret(),
         judged_on=None,
-        **found,
+        **{name: found[name] for name in names},
     )
     site.ledger.commit(
         accepted,

@@ -42,6 +42,8 @@ class RoundResult:
 class Rounds:
     """The worker of a process. Without an executor every step is taken in the caller's thread.
 
+    Mails have an executor of their own (`post`), so that steps of hours never keep them waiting.
+
     `wake` is called when a step that ran in a thread is over. `waiting` remembers in which situation each accepted
     request was looked at last.
     """
@@ -49,6 +51,7 @@ class Rounds:
     site: Site
     receiver: Receiver | None = None
     executor: Executor | None = None
+    post: Executor | None = None
     wake: Callable[[], None] = lambda: None
     in_flight: dict[str, Future[bool]] = field(default_factory=dict)
     next_mail_at: datetime | None = None
@@ -111,7 +114,8 @@ class Rounds:
             return work()
         running = self.in_flight.get(name)
         if running is None or running.done():
-            self.in_flight[name] = self.executor.submit(work)
+            executor = self.post if name == _MAILS and self.post is not None else self.executor
+            self.in_flight[name] = executor.submit(work)
             self.in_flight[name].add_done_callback(partial(self._done, name))
         return False
 

@@ -253,9 +253,9 @@ def test_an_event_can_lie_in_a_file(commands: Commands, site: SiteForTests, tmp_
     ],
 )
 def test_what_cannot_be_done_is_one_line_and_places_nothing(
-    commands: Commands, site: SiteForTests, words: tuple[str, ...], code: int, said: str
+    call: Callable[..., Ended], site: SiteForTests, words: tuple[str, ...], code: int, said: str
 ) -> None:
-    line = one_line(commands.run("stagecal", "restore", *words), code)
+    line = one_line(call("stagecal", "restore", *words), code)
     assert re.search(said, line), line
     assert site.requests() == [] and daemons(site) == []
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from stagecal.adapters.ledger import SqliteLedger
-from stagecal.domain.records import MailKind, NewMail, ProductFile, RecipientState, Step
+from stagecal.domain.records import LeftBehind, MailKind, NewMail, ProductFile, RecipientState, Step
 from stagecal.domain.requests import TRANSITIONS, Origin, Outcome, Request, State
 from stagecal.domain.retention import Staging
 from stagecal.domain.verdicts import Verdict
@@ -252,6 +252,18 @@ def test_a_slot_that_is_given_back_can_be_claimed(ledger: SqliteLedger) -> None:
     assert ledger.get(second.id) == second
     ledger.commit(held, now=NOW, to=State.ACCEPTED, holds_slot=False)
     assert ledger.claim_slot(second, max_jobs=1, now=NOW, step=STEP) is not None
+
+
+def test_what_was_left_behind_is_remembered_until_it_is_gone(
+    ledger: SqliteLedger, opened: Callable[[], SqliteLedger]
+) -> None:
+    first = LeftBehind("a", "WORK1", "x" * 32, NOW)
+    second = LeftBehind("b", "WORK1", "y" * 32, NOW + timedelta(hours=1))
+    for left in (second, first, replace(first, since=NOW + timedelta(days=1))):
+        ledger.leave_behind(left)
+    assert opened().left_behind() == [first, second]
+    ledger.forget_left(first)
+    assert opened().left_behind() == [second]
 
 
 def test_a_node_gets_no_more_slots_than_it_may_have(ledger: SqliteLedger) -> None:
@@ -562,7 +574,7 @@ def test_a_ledger_that_cannot_be_trusted_is_fatal_and_says_what_to_do(tmp_path: 
         made.close()
 
 
-FORMER = ["DROP TABLE verifications", "DROP TABLE rotten", "DROP INDEX files_by_inode"]
+FORMER = ["DROP TABLE verifications", "DROP TABLE rotten", "DROP INDEX files_by_inode", "DROP TABLE left_behind"]
 FORMER += [f"ALTER TABLE requests DROP COLUMN {name}" for name in ("engine", "casa_home", "leased_until")]
 
 

@@ -31,7 +31,7 @@ EFFECTS = {
     "archive": {"facts"},
     "ledger": {
         *("add", "commit", "claim_slot", "hand_over_job", "set_wish", "note", "enqueue", "update_recipients"),
-        *("update_staging", "set_setting"),
+        *("update_staging", "set_setting", "leave_behind", "forget_left"),
         *("record_begun", "record_verified", "record_rotten", "tell_rotten"),
     },
     "mailer": {"send"},
@@ -65,7 +65,7 @@ class Effects:
     def call(self, name: str, function: Callable[..., Any], arguments: Any, keywords: Any) -> Any:
         """Do one effect, unless we die first."""
         if name == "nodes.renew_lease" or (
-            name == "ledger.commit" and keywords.keys() == {"now", "not_before", "attempts", "reason"}
+            name == "ledger.commit" and keywords.keys() == {"now", "not_before", "attempts", "reason", "leased_until"}
         ):
             if name in self.waits:
                 return function(*arguments, **keywords)

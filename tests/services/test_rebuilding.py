@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
@@ -11,12 +12,13 @@ from pathlib import Path
 import pytest
 
 from stagecal import wiring
-from stagecal.domain.requests import Outcome, State
-from stagecal.ports import FatalError, MailReply
+from stagecal.domain.records import Step
+from stagecal.domain.requests import Origin, Outcome, Request, State, request_id
+from stagecal.ports import FatalError, JobHandle, JobState, MailReply
 from stagecal.services.rebuilding import Rebuilt, rebuild
 from stagecal.services.sweeping import extend, know_root, plan, sweep
 from tests.services.effects import end_jobs, settle, verified, wish, with_mailer
-from tests.sites import RELEASED, RELEASED_PROJECT, SiteForTests, make_test_site
+from tests.sites import MAIN, MAIN_PROJECT, RELEASED, RELEASED_PROJECT, SiteForTests, make_test_site
 
 
 @pytest.fixture
@@ -165,10 +167,6 @@ def test_a_job_that_ended_meanwhile_is_collected(site: SiteForTests) -> None:
     site.place()
     site.run(lambda: bool(site.requests()) and site.only().state is State.STAGING)
     job = site.only()
-    import time
-
-    from stagecal.ports import JobHandle, JobState
-
     end = time.monotonic() + 20
     while site.site.nodes.poll(JobHandle(job.node, job.work, job.nonce)).state is JobState.RUNNING:
         assert time.monotonic() < end
@@ -177,6 +175,129 @@ def test_a_job_that_ended_meanwhile_is_collected(site: SiteForTests) -> None:
     again, _ = rebuilt(site)
     settle(again)
     assert again.only().outcome is Outcome.DELIVERED and again.calibrations() == 1
+
+
+def typed(site: SiteForTests, origin: Origin, **changes: str) -> str:
+    """Put a request into the queue as `stagecalms` and `stagecal restore` do; return its id."""
+    now = site.clock.now()
+    request = Request(
+        id=request_id(origin, site.site.new_secret()),
+        sequence=0,
+        origin=origin,
+        mous=MAIN,
+        project=MAIN_PROJECT,
+        ticket="17",
+        user="",
+        calfields=(),
+        contact="",
+        trigger_name="",
+        trigger_text="",
+        trigger_sha256="",
+        received_at=now,
+        state=State.RECEIVED,
+        since=now,
+        **{"email": "", **changes},
+    )
+    assert site.site.ledger.add(request, Step("receive", decided="RECEIVED")) is not None
+    return request.id
+
+
+@pytest.mark.parametrize("origin", [Origin.OPERATOR, Origin.RESTORE])
+def test_a_job_that_an_operator_started_comes_back_with_its_request(site: SiteForTests, origin: Origin) -> None:
+    site.behave(sleep="1")
+    number = typed(site, origin)
+    site.run(lambda: site.only().state is State.STAGING)
+    job = site.only()
+    lose(site)
+    again, found = rebuilt(site)
+    assert found.jobs == [job.work]
+    request = again.only()
+    assert (request.id, request.origin, request.state, request.holds_slot) == (number, origin, State.STAGING, True)
+    assert (request.ticket, request.project, request.mous) == ("17", MAIN_PROJECT, MAIN)
+    settle(again)
+    assert (again.only().state, again.only().outcome) == (State.CLOSED, Outcome.DELIVERED)
+    assert again.calibrations() == 1
+
+
+def test_a_finished_restore_is_named_and_not_mailed_again(site: SiteForTests) -> None:
+    typed(site, Origin.RESTORE, email="me@example.org")
+    settle(site)
+    assert len(site.mails()) == 1
+    lose(site)
+    again, found = rebuilt(site)
+    assert again.requests() == []
+    assert any("a restore that has ended" in remark for remark in found.remarks)
+    settle(again)
+    assert len(again.mails()) == 1
+    assert len(again.job_directories()) == 1
+
+
+def test_a_job_that_nobody_asks_for_is_ended_and_no_third_one_is_started(site: SiteForTests) -> None:
+    site.behave(sleep="60")
+    name = site.place()
+    site.run(lambda: site.only().state is State.STAGING)
+    job = site.only()
+    (site.config.triggers.directory / name).unlink()
+    lose(site)
+    again, found = rebuilt(site)
+    assert again.requests() == []
+    assert any("told to end" in remark for remark in found.remarks)
+    assert any("stagecal release" in remark for remark in found.remarks)
+    assert again.site.ledger.setting("held")
+    handle = JobHandle(job.node, job.work, job.nonce)
+    end = time.monotonic() + 20
+    while again.site.nodes.poll(handle).state is JobState.RUNNING:
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_a_job_goes_to_another_request_for_the_same(site: SiteForTests) -> None:
+    site.behave(sleep="1")
+    first = site.place()
+    site.run(lambda: site.only().state is State.STAGING)
+    job = site.only()
+    site.clock.advance(seconds=5)
+    site.place()
+    (site.config.triggers.directory / first).unlink()
+    lose(site)
+    again, found = rebuilt(site)
+    assert found.jobs == [job.work]
+    settle(again)
+    assert [one.outcome for one in again.requests()] == [Outcome.DELIVERED]
+    assert again.calibrations() == 1
+
+
+def test_a_job_of_a_node_that_is_gone_stops_nothing_but_new_jobs(site: SiteForTests) -> None:
+    site.behave(sleep="60")
+    site.place()
+    site.place(RELEASED, RELEASED_PROJECT)
+    site.run(lambda: [one.state for one in site.requests()] == [State.STAGING] * 2)
+    stranger, known = site.requests()
+    path = site.site.nodes.directory(JobHandle(stranger.node, stranger.work, stranger.nonce)) / "request.json"
+    record = path.read_text()
+    path.write_text(record.replace(f'"{stranger.node}"', '"elsewhere"'))
+    lose(site)
+    again, found = rebuilt(site)
+    path.write_text(record)
+    assert set(found.jobs) == {stranger.work, known.work}, "what cannot be looked at keeps its slot"
+    assert sum(one.holds_slot for one in again.requests()) == 2
+
+
+def test_while_jobs_may_run_where_nobody_can_look_no_other_one_is_started(site: SiteForTests) -> None:
+    lose(site)
+    nowhere = site.directory / "nowhere"
+    cluster = replace(
+        site.config.cluster,
+        runner="ssh",
+        shared_work_area=False,
+        known_hosts=nowhere,
+        ssh_key=nowhere,
+        fetch_area=nowhere,
+    )
+    site.config = replace(site.config, cluster=cluster)
+    again, found = rebuilt(site)
+    assert any("job directories lie on the nodes only" in remark for remark in found.remarks)
+    assert again.site.ledger.setting("held")
 
 
 def test_a_failed_request_is_not_repeated_by_itself(site: SiteForTests) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,19 @@ import pytest
 from stagecal import wiring
 from stagecal.config import load_config
 from stagecal.domain.identifiers import sanitized
+from stagecal.domain.records import Step
 from stagecal.domain.requests import Origin, Outcome, Request, State, request_id
 from stagecal.domain.restore.chosen import ChosenRestore
+from stagecal.measurement_set import check_measurement_set
 from stagecal.ports import FatalError, TransientError
 from stagecal.services.judging import step_received
 from stagecal.services.restoring import chosen_restore, planned, planned_from_products
+from tests.clusters import cluster_site, node_table, running
 from tests.domain.restore.examples import MOUS, PASSED, SCRIPT_WITH_OTHER_CALLS, SEMIPASS, status_xml
 from tests.ngas_server import ngas_server, unused_address
-from tests.services.effects import end_jobs, settle
+from tests.services.effects import Arena, Crash, Effects, end_jobs, existing, settle
 from tests.sites import CALIBRATORS, CALIBRATORS_PROJECT, MAIN_PROJECT, SiteForTests, make_test_site
+from tests.ssh_nodes import SshServer
 
 MEMBER = f"member.{sanitized(MOUS)}"
 MANIFEST = f"{MEMBER}.calimage.pipeline_manifest.xml"
@@ -109,8 +114,6 @@ def restore(site: SiteForTests, **changes: Any) -> Request:
         **dict.fromkeys(("ticket", "user", "contact", "trigger_name", "trigger_text", "trigger_sha256"), ""),
         **changes,
     }
-    from stagecal.domain.records import Step
-
     added = site.site.ledger.add(Request(**values), Step("receive", decided="RECEIVED"))
     assert added is not None
     return added
@@ -461,3 +464,93 @@ def test_trouble_is_told_by_its_kind(made: Sites) -> None:
     (site.directory / "archive.db").unlink()
     with pytest.raises(TransientError):
         planned(site.site.archive, site.site.products, MOUS)
+
+
+# --- what a job left ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("steered", "reason"),
+    [
+        ({"without": PASSED}, f"the job left no {sanitized(PASSED)}.ms.split.cal"),
+        ({"report": '{"not_calibrators": [{"field": "HL_Tau", "reason": "a target"}]}'}, "HL_Tau: a target"),
+        ({"report": "[]"}, "report.json is no object"),
+    ],
+)
+def test_a_job_that_ended_well_and_left_something_out_has_failed(
+    tmp_path: Path, steered: dict[str, str], reason: str
+) -> None:
+    site = make_test_site(tmp_path)
+    site.behave(**steered)
+    restore(site)
+    settle(site)
+    request = site.only()
+    assert request.state is State.HELD and reason in request.reason and not request.holds_slot
+    assert len(site.job_directories()) == 1, "everything stays where it is for who looks"
+
+
+def test_a_restore_and_a_staging_of_the_same_mous_know_nothing_of_each_other(tmp_path: Path) -> None:
+    site = make_test_site(tmp_path)
+    site.place()
+    restore(site)
+    restore(site, email="you@example.org")
+    settle(site)
+    assert [one.outcome for one in site.requests()] == [Outcome.DELIVERED] * 3
+    assert site.calibrations() == 3 and len(site.published()) == 1
+    assert len(site.job_directories()) == 2, "those of the restores stay"
+
+
+def test_from_a_node_that_shares_nothing_with_us_the_products_come_here_and_the_mail_says_where(tmp_path: Path) -> None:
+    server = SshServer(tmp_path / "node", "far")
+    shared_nothing = ("shared_work_area = false", 'fetch_area = "fetched"')
+    with running([server]):
+        site = cluster_site(tmp_path, [server], [node_table(server)], *shared_nothing)
+        restore(site)
+        settle(site)
+        request = site.only()
+        assert request.outcome is Outcome.DELIVERED, request.reason
+        here = site.directory / "fetched" / request.work / "products" / f"{sanitized(PASSED)}.ms.split.cal"
+        report = check_measurement_set(here)
+        assert report.healthy and report.sealed
+        (mail,) = site.mails()
+        assert f"\n{here}\n" in mail
+
+
+# --- whoever dies is started again --------------------------------------------------------------------------------
+
+
+def what_is_left(site: SiteForTests) -> dict[str, object]:
+    """What must be the same at the end, however often the process died on the way."""
+    (directory,) = site.job_directories()
+    request = site.only()
+    return {
+        "end": (request.state, request.outcome, request.holds_slot, f"{directory.name}" == request.work),
+        "products": sorted(path.name for path in (directory / "products").iterdir()),
+        "calibrations": site.calibrations(),
+        "mails": len(set(site.mails())),
+        "published": site.published(),
+    }
+
+
+def test_a_restore_ends_the_same_whenever_the_service_dies_and_is_started_again(tmp_path: Path) -> None:
+    arena = Arena(tmp_path)
+    effects = Effects()
+    site = arena.fresh()
+    restore(site)
+    settle(replace_ports(site, effects))
+    undisturbed = what_is_left(site)
+    assert undisturbed["products"] == [f"{sanitized(PASSED)}.ms.split.cal"] and undisturbed["mails"] == 1
+    assert len(effects.names) > 10
+    for number in range(1, len(effects.names) + 1):
+        site = arena.fresh()
+        restore(site)
+        # The job's pace decides how often it is looked at: towards the end there may be fewer effects.
+        with suppress(Crash):
+            settle(replace_ports(site, Effects(crash_at=number)))
+        again = existing(site.directory)
+        settle(again)
+        assert what_is_left(again) == undisturbed, f"after effect {number}, {effects.names[number - 1]}"
+
+
+def replace_ports(site: SiteForTests, effects: Effects) -> SiteForTests:
+    return SiteForTests(site.directory, site.config, site.clock, effects.wrap(site.site))

@@ -248,7 +248,7 @@ def plan_restore(
     unwanted = other_manifests(facts.files, chosen)
     named = {file.archived for block in blocks for file in (block.caltables, block.finalflags, block.applycmds)}
     if auxproducts:
-        named.add(auxproducts)
+        named.add(auxproducts.archived)
     return RestorePlan(
         mous=facts.mous,
         project=facts.project,
