@@ -607,7 +607,8 @@ def _runner_rules(cluster: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _lease_rules(cluster: Mapping[str, Any]) -> Iterator[str]:
-    lease_h, interval_s = cluster.get("lease_h", Cluster.lease_h), cluster.get("poll_interval_s", Cluster.poll_interval_s)
+    lease_h = cluster.get("lease_h", Cluster.lease_h)
+    interval_s = cluster.get("poll_interval_s", Cluster.poll_interval_s)
     # A lease is renewed when its job is looked at, and a look or two may fail.
     if _REPORTED not in (lease_h, interval_s) and interval_s > lease_h * 3600 / 4:
         yield (

@@ -5,7 +5,7 @@ An adapter implements one of these protocols; one contract suite per protocol (t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -408,8 +408,11 @@ class Engines(Protocol):
         """Return name and version of what would make the products of this project, for the calibration id."""
         ...
 
-    def available(self) -> Collection[str]:
-        """Return the names of the engines that this site has the parts for."""
+    def available(self) -> Mapping[str, str]:
+        """Return the engines that this site has the parts for, each with the version of the CASA that it always uses.
+
+        The version is '' if it is unknown, or another one for each project.
+        """
         ...
 
     def job(self, request: Request, restore: ChosenRestore | None) -> EngineJob:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from stagecal.adapters.lease import Lease
     from stagecal.adapters.ledger import SqliteLedger
+    from stagecal.adapters.nodes_slurm import SlurmNodes
     from stagecal.adapters.nodes_ssh import SshNodes
     from stagecal.adapters.remote_shell import Shell, SshTarget
     from stagecal.adapters.watch import DirectoryWatch
@@ -121,24 +122,29 @@ def nodes(config: Config) -> Nodes:
     """Return the nodes by the `[cluster]` section."""
     if config.cluster.runner == "ssh":
         return ssh_nodes(config)
-    wrapper = resource("templates", "job", "wrapper.sh").read_bytes()
-    cluster = config.cluster
-    if cluster.runner == "slurm":
-        from stagecal.adapters.nodes_slurm import SlurmNodes
-
-        return SlurmNodes(
-            cluster.work_area,
-            {node.name: node.labels for node in cluster.nodes},
-            _submit_shell(config),
-            wrapper,
-            options=cluster.sbatch_options,
-            load_limit=cluster.max_load_per_core,
-            timeout_s=cluster.timeout_s,
-        )
+    if config.cluster.runner == "slurm":
+        return slurm_nodes(config)
     from stagecal.adapters.nodes_local import LocalNodes
 
-    [node] = cluster.nodes
-    return LocalNodes(cluster.work_area, node.name, node.labels, wrapper)
+    [node] = config.cluster.nodes
+    wrapper = resource("templates", "job", "wrapper.sh").read_bytes()
+    return LocalNodes(config.cluster.work_area, node.name, node.labels, wrapper)
+
+
+def slurm_nodes(config: Config) -> SlurmNodes:
+    """Return the kinds of nodes of a Slurm, whose programs run here or on the submit host."""
+    from stagecal.adapters.nodes_slurm import SlurmNodes
+
+    cluster = config.cluster
+    return SlurmNodes(
+        cluster.work_area,
+        {node.name: node.labels for node in cluster.nodes},
+        _submit_shell(config),
+        resource("templates", "job", "wrapper.sh").read_bytes(),
+        options=cluster.sbatch_options,
+        load_limit=cluster.max_load_per_core,
+        timeout_s=cluster.timeout_s,
+    )
 
 
 def ssh_nodes(config: Config) -> SshNodes:
@@ -162,6 +168,7 @@ def ssh_nodes(config: Config) -> SshNodes:
         resource("templates", "job", "node.sh").read_text(encoding="utf-8"),
         timeout_s=cluster.timeout_s,
         fetch_area=None if cluster.shared_work_area else cluster.fetch_area,
+        reserve_bytes=round(config.staging.reserve_gb * 1e9),
     )
     # An ssh program in the background would hold its connection for minutes after us.
     atexit.register(nodes.close)
@@ -233,7 +240,14 @@ def engines(config: Config) -> Engines:
     """Return the engines by the `[restore]` section."""
     from stagecal.adapters.engines import SiteEngines
 
-    return SiteEngines(config.restore, config.locks, templates(config), resource("templates"), config.cluster.work_area)
+    return SiteEngines(
+        config.restore,
+        config.locks,
+        templates(config),
+        resource("templates"),
+        config.cluster.work_area,
+        is_far=config.cluster.runner != "local",
+    )
 
 
 def products(config: Config) -> ProductFiles:

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from stagecal.adapters.bulk_transfer import Source, read_listing, rsync_command
+from stagecal.adapters.bulk_transfer import Source, fetch, read_listing, rsync_command
 from stagecal.adapters.nodes_ssh import Machine, SshNodes
-from stagecal.adapters.remote_shell import Envelope
+from stagecal.adapters.remote_shell import Envelope, LocalShell
 from stagecal.adapters.ssh_openssh import ssh_command
 from stagecal.ports import FatalError, JobHandle, TransientError
 from tests.ssh_nodes import SshServer, command_name, make_shell
@@ -97,7 +97,9 @@ class Bench:
     def copy(self) -> Path:
         return self.fetched / self.job.work
 
-    def nodes(self, *, gate: Gate | None = None, stall_s: float = 60.0, shared: bool = False) -> SshNodes:
+    def nodes(
+        self, *, gate: Gate | None = None, stall_s: float = 60.0, shared: bool = False, reserve_bytes: int = 0
+    ) -> SshNodes:
         """Return the adapter; with a gate the bulk data has to pass it."""
         target = self.server.target()
         if gate:
@@ -114,6 +116,7 @@ class Bench:
                 timeout_s=20,
                 fetch_area=None if shared else self.fetched,
                 stall_s=stall_s,
+                reserve_bytes=reserve_bytes,
             )
         )
         return self.made[-1]
@@ -326,11 +329,13 @@ def test_a_broken_tar_keeps_the_files_that_came_whole(bench: Bench, way: str) ->
 def test_a_transfer_that_stands_still_is_broken_off_and_leaves_no_process(bench: Bench, way: str) -> None:
     bench.result("products/large", os.urandom(6 * MEBIBYTE))
     gate = Gate(bench.server.port, 2 * MEBIBYTE)
+    # Other tests of this process may keep a connection by the ssh program.
+    before = our_children("ssh")
     begin = time.monotonic()
     with pytest.raises(TransientError, match=r"nothing arrived for 2 s|rsync ended"):
         bench.nodes(gate=gate, stall_s=2).fetch(bench.job, Told())
     assert time.monotonic() - begin < 10
-    assert our_children("rsync") + our_children("ssh") == []
+    assert our_children("rsync") == [] and set(our_children("ssh")) <= set(before)
     gate.close()
     bench.nodes().fetch(bench.job, Told())
     assert tree(bench.copy) == tree(bench.directory)
@@ -379,6 +384,41 @@ def test_a_node_that_goes_away_is_transient(bench: Bench) -> None:
         nodes.fetch(bench.job, Told())
 
 
+def test_nothing_is_brought_that_would_use_up_the_reserve(bench: Bench) -> None:
+    bench.result("products/one", bytes(3 * MEBIBYTE))
+    disk = os.statvfs(bench.area)
+    free = disk.f_bavail * disk.f_frsize
+    with pytest.raises(
+        TransientError, match=r"0\.0 GB have still to come, .* has \d+\.\d GB free, of which \d+\.\d GB"
+    ):
+        bench.nodes(reserve_bytes=2 * free).fetch(bench.job, Told())
+    assert [path.name for path in bench.copy.rglob("*") if path.is_file()] == ["nonce"]
+    bench.nodes().fetch(bench.job, Told())
+    # What is here already needs no room any more.
+    bench.nodes(reserve_bytes=2 * free).fetch(bench.job, Told())
+    assert tree(bench.copy) == tree(bench.directory)
+
+
+def test_progress_is_told_before_the_node_reads_for_its_digests(bench: Bench) -> None:
+    """The digests of a large data set take an hour, in which `status` must not look dead."""
+    bench.result("products/one", b"one")
+    told, at_digest = Told(), []
+
+    def call(verb: str, stdin: bytes, timeout_s: float | None) -> bytes:
+        if verb == "digest":
+            at_digest.extend(told.steps)
+        words = (verb, str(bench.area), bench.job.work, bench.job.nonce, "token")
+        return LocalShell().run(NODE_PROGRAM, *words, stdin=stdin, timeout_s=20).output
+
+    words = ("send", str(bench.area), bench.job.work, bench.job.nonce, "token")
+    ssh = ssh_command(bench.server.target())
+    source = Source("node07", bench.directory, call, Envelope(NODE_PROGRAM, words), ssh)
+    fetch(source, bench.copy, bench.job.nonce, told, stall_s=20)
+    assert at_digest == [(0, 3)]
+    assert told.steps[-1] == (3, 3)
+    assert tree(bench.copy) == tree(bench.directory)
+
+
 # --- whose copy it is ----------------------------------------------------------------------------------------------
 
 
@@ -391,6 +431,18 @@ def test_a_copy_of_another_job_is_never_touched(bench: Bench) -> None:
         bench.nodes().fetch(bench.job, Told())
     bench.nodes().clean(bench.job)
     assert (bench.copy / "data").read_text() == "data"
+
+
+def test_a_job_directory_is_never_taken_for_a_copy(bench: Bench) -> None:
+    """Where the fetch area is the node's own work area, the job directory has the job's nonce, and the same name."""
+    bench.result("products/one", b"one")
+    bench.result("scratch/large", b"stays there")
+    bench.fetched.symlink_to(bench.area)
+    before = sorted(bench.directory.rglob("*"))
+    with pytest.raises(FatalError, match="is a job directory"):
+        bench.nodes().fetch(bench.job, Told())
+    assert sorted(bench.directory.rglob("*")) == before
+    assert bench.directory / "run.sh" in before
 
 
 def test_nothing_is_written_through_a_link_in_the_copy(bench: Bench, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from stagecal.config import (
     NodeConfig,
     config_path,
     load_config,
+    private_file_fault,
     read_secret,
 )
 from stagecal.ports import UsageError
@@ -420,6 +421,65 @@ def test_keys_that_need_each_other_are_missed(tmp_path, changes, key):
     assert line.startswith(key)
 
 
+FAR = [{**SSH, "nodes": [{"name": "a", "labels": ["rhel8"]}]}, {"runner": "slurm", "nodes": [{"name": "a"}]}]
+
+
+@pytest.mark.parametrize("cluster", FAR, ids=["ssh", "slurm"])
+@pytest.mark.parametrize("engine", ["auto", "casatasks"])
+def test_on_far_nodes_the_python_with_casatasks_is_never_guessed(tmp_path, cluster, engine):
+    restore = {"engine": engine, "raw_fetch": ["fetch"]}
+    [line] = faults(write(tmp_path, cluster=cluster, restore=restore))
+    assert line.startswith("[restore] casa_worker: is missing")
+    file = write(tmp_path, cluster=cluster, restore={**restore, "casa_worker": "/opt/casa/bin/python"})
+    assert load(file).restore.casa_worker == Path("/opt/casa/bin/python")
+    file = write(tmp_path, cluster=cluster, restore=restore)
+    assert load(file, STAGECAL_CASA_WORKER="/opt/python").restore.casa_worker == Path("/opt/python")
+
+
+@pytest.mark.parametrize(
+    "restore",
+    [
+        {"engine": "auto"},
+        {"engine": "auto", "raw_fetch": ["fetch"], "command": "/opt/calibrate"},
+        {"engine": "auto", "raw_fetch": ["fetch"], "casa": [{"version": "6.5.4", "home": "/opt/casa"}]},
+        {"engine": "pipeline", "raw_fetch": ["fetch"]},
+    ],
+)
+def test_where_nothing_needs_casatasks_no_python_is_missed(tmp_path, restore):
+    assert load(write(tmp_path, cluster=FAR[0], restore=restore)).restore.casa_worker is None
+
+
+def test_this_machine_makes_its_own_python_with_casatasks(tmp_path):
+    assert load(write(tmp_path, restore={"engine": "casatasks", "raw_fetch": ["fetch"]})).restore.casa_worker is None
+
+
+@pytest.mark.parametrize("cluster", FAR, ids=["ssh", "slurm"])
+def test_a_casa_that_no_node_can_run_is_a_fault(tmp_path, cluster):
+    casa = [{"version": "6.5.4", "home": "/opt/casa"}, {"version": "4.2.2", "home": "/opt/old", "label": "rhel5"}]
+    [line] = faults(write(tmp_path, cluster=cluster, restore={"casa": casa}))
+    assert line.startswith('[restore.casa] label: no node carries "rhel5", which CASA 4.2.2 needs')
+    nodes = [*cluster["nodes"], {"name": "old", "labels": ["rhel5"]}]
+    load(write(tmp_path, cluster={**cluster, "nodes": nodes}, restore={"casa": casa}))
+
+
+@pytest.mark.parametrize(
+    ("cluster", "fits"),
+    [
+        ({"lease_h": 0.01, "poll_interval_s": 9}, True),
+        ({"lease_h": 0.01, "poll_interval_s": 9.1}, False),
+        ({"poll_interval_s": 1800}, True),
+        ({"poll_interval_s": 1801}, False),
+        ({"lease_h": 0.005}, False),
+    ],
+)
+def test_a_lease_lasts_for_several_looks_at_its_job(tmp_path, cluster, fits):
+    if fits:
+        load(write(tmp_path, cluster=cluster))
+    else:
+        [line] = faults(write(tmp_path, cluster=cluster))
+        assert line.startswith("[cluster] poll_interval_s: must be at most a quarter of lease_h")
+
+
 def test_a_login_without_encryption_is_accepted_on_this_machine_only(tmp_path):
     login = {"transport": "smtp", "user": "me", "password_file": "p"}
     assert load(write(tmp_path, mail=login)).mail.user == "me"
@@ -452,6 +512,23 @@ def test_contacts_of_the_map_compare_without_case(tmp_path):
 def test_directories_are_different_and_nothing_private_is_served(tmp_path, changes, key):
     [line] = faults(write(tmp_path, **changes))
     assert line.startswith(key)
+
+
+@pytest.mark.parametrize(
+    ("fetch_area", "words"),
+    [
+        ("work", "is the same as [cluster] work_area"),
+        ("x/../state", "is the same as [state] directory"),
+        ("work/fetched", "lies inside [cluster] work_area"),
+        ("state/fetched", "lies inside [state] directory"),
+        ("preview/fetched", "lies inside [staging] root"),
+        ("triggers/fetched", "lies inside [triggers] directory"),
+    ],
+)
+def test_what_is_fetched_needs_a_directory_of_its_own(tmp_path, fetch_area, words):
+    [line] = faults(write(tmp_path, cluster={"fetch_area": fetch_area}))
+    assert line.startswith(f"[cluster] fetch_area: {words}")
+    assert load(write(tmp_path, cluster={"fetch_area": "fetched"})).cluster.fetch_area == tmp_path / "fetched"
 
 
 def test_directories_side_by_side_with_like_names_are_fine(tmp_path):
@@ -604,6 +681,15 @@ def test_the_named_group_may_read(tmp_path, mode):
 def test_with_a_group_anything_beyond_its_reading_is_refused_with_the_chmod(tmp_path, mode):
     file = secret_file(tmp_path, mode)
     assert f"run: chmod 640 '{file}'" in refusal(file, group=GROUP)
+
+
+def test_a_private_file_is_judged_as_a_secret_is(tmp_path):
+    assert private_file_fault(secret_file(tmp_path, 0o600), environ={}) == ""
+    file = secret_file(tmp_path, 0o640)
+    assert private_file_fault(file, environ={}).endswith(f"run: chmod 600 '{file}'")
+    assert private_file_fault(file, environ={"CREDENTIALS_DIRECTORY": str(tmp_path)}) == ""
+    with pytest.raises(FileNotFoundError):
+        private_file_fault(tmp_path / "none", environ={})
 
 
 @needs_root

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -229,6 +230,42 @@ def test_the_fetch_plan_is_one_that_the_fetching_program_reads(site: Site, tmp_p
     assert done.stdout.startswith(f"{len(plan().files)} [")
     assert f"('products/{manifest}', 'rawdata/{manifest}')" in done.stdout
     assert done.stdout.endswith("rawdata\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "is_expanded"),
+    [
+        ("flux.csv", True),
+        ("antennapos.csv", True),
+        ("uid___A002_X1_X2.antennapos.json", True),
+        ("cont.dat", True),
+        ("jyperk.csv", True),
+        ("uid___A002_X1_X2.flagtemplate.txt", True),
+        ("uid___A002_X1_X2.flagtsystemplate.txt", True),
+        ("uid___A002_X1_X2.flagtargetstemplate.txt", True),
+        ("uid___A001_X1_X2.s36_0.selfcal.json", True),
+        ("sc_workdir_HL_Tau_B6", True),
+        ("pipeline_stats_uid___A001_X1_X2.json", True),
+        (f"{MEMBER}.hifa_calimage.pipeline_manifest.xml", False),
+        ("uid___A002_X1_X2.ms.calapply.txt", False),
+        (f"{MEMBER}.session_1.caltables.tgz", False),
+        ("casa_piperestorescript.py", False),
+    ],
+)
+def test_of_the_auxiliary_products_only_known_kinds_are_expanded(site: Site, name: str, is_expanded: bool) -> None:
+    (expansion,) = loaded(site().job(request(), chosen("casatasks")), "fetch.json")["expand"]
+    assert any(fnmatchcase(name, pattern) for pattern in expansion["allowed"]) is is_expanded
+
+
+def test_a_report_can_say_who_calibrated_and_why_this_engine_restores(site: Site) -> None:
+    job = loaded(site().job(request(), chosen("casatasks")), "job.json")
+    assert job["engine_reason"] == "for a reason"
+    assert job["calibrated_by"] == {"casa": plan().casa_version, "pipeline": plan().pipeline_version}
+
+
+def test_the_casatasks_that_are_there_tell_their_version(site: Site, tmp_path: Path) -> None:
+    there = site(casa=(OLD,), casa_worker=worker(tmp_path, "6.7.0.31")).available()
+    assert there == {"pipeline": "", "script": "", "casatasks": "6.7.0.31"}
 
 
 def test_images_and_other_manifests_are_not_fetched(site: Site) -> None:

@@ -715,6 +715,30 @@ def test_what_archives_usually_hold_is_expanded(job: Job, form: int) -> None:
     assert (job.products / name).stat().st_mode & 0o777 == 0o644
 
 
+def allowing(*patterns: str) -> dict[str, Any]:
+    plan = expansion()
+    plan["expand"][0]["allowed"] = list(patterns)
+    return plan
+
+
+def test_only_what_is_allowed_is_expanded_and_the_rest_is_named(job: Job) -> None:
+    names = ["./flux.csv", "a.flagtemplate.txt", "x.pipeline_manifest.xml", "new/flux.csv", "sc_workdir_1/table.dat"]
+    tgz(job.products / "a.tgz", [member("./", kind=tarfile.DIRTYPE), *map(member, names)])
+    output = job.run(DONE, **allowing("flux.csv", "*.flag*template.txt", "sc_workdir_*"))
+    assert "products/a.tgz: expanded into products, 3 files" in output
+    assert "products/a.tgz: of a kind that is not expanded, left in it: new, x.pipeline_manifest.xml" in output
+    expanded = {"products/flux.csv", "products/a.flagtemplate.txt", "products/sc_workdir_1/table.dat"}
+    assert set(job.tree()) - {"fetched.json"} == {*expanded, "products/a.tgz"}
+    assert not (job.products / "new").exists()
+
+
+@pytest.mark.parametrize("case", ["symlink", "parent", "absolute", "twice", "too many", "too large"])
+def test_what_is_not_expanded_is_looked_at_all_the_same(job: Job, case: str) -> None:
+    members, text = UNSAFE[case]
+    tgz(job.products / "a.tgz", members, format=tarfile.PAX_FORMAT)
+    assert text in job.run(PERSON, **allowing("flux.csv"))
+
+
 def test_what_an_earlier_run_expanded_is_kept_and_the_rest_completed(job: Job) -> None:
     tgz(job.products / "a.tgz", [member("one"), member("d/two"), member("three")])
     (job.products / "d").mkdir()
@@ -903,6 +927,10 @@ def test_names_that_are_not_plain_are_refused(field: str, name: Any) -> None:
         ({"deadline_s": -1}, "deadline_s"),
         ({"need_bytes": 1.5}, "need_bytes"),
         ({"expand": [{"archive": "a.tgz", "into": "."}]}, "has no most_members"),
+        (
+            {"expand": [{"archive": "a", "into": ".", "most_members": 1, "most_bytes": 1, "allowed": [1]}]},
+            "a list of shell patterns",
+        ),
         ({"copies": [{"from": "a", "to": "../b"}]}, "copies[0].to"),
         ({"one_manifest_in": "/"}, "one_manifest_in"),
         ({"surprise": 1}, "surprise, which means nothing"),

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -390,6 +391,20 @@ def test_doctor_tries_a_directory_of_locks(tmp_path: Path) -> None:
     assert "No such file" in missing.text
     (tmp_path / "site" / "locks").mkdir()
     assert not locks_of(directory_findings(config))["locks of MSs"].fault
+
+
+def test_doctor_tries_the_directory_that_results_are_brought_to(tmp_path: Path) -> None:
+    path = make_site(tmp_path / "site")
+    path.write_text(path.read_text().replace("[cluster]\n", '[cluster]\nfetch_area = "fetched"\n'))
+    config = load_config(path, environ={})
+    found = {finding.name: finding for finding in directory_findings(config)}
+    assert found["fetch area"].fault and "locks in fetched" not in found
+    (tmp_path / "site" / "fetched").mkdir()
+    findings = list(directory_findings(config))
+    assert [finding.fault for finding in findings if finding.name in ("fetch area", "locks in fetched")] == [False] * 2
+    assert ["staging" in finding.text for finding in findings if finding.name == "free space"] == [True, False]
+    full = replace(config, staging=replace(config.staging, reserve_gb=1e9))
+    assert [finding.fault for finding in directory_findings(full) if finding.name == "free space"] == [True, True]
 
 
 @pytest.mark.requires_program("gcc")

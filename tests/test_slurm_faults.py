@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from stagecal.adapters.nodes_slurm import SlurmNodes
-from stagecal.adapters.remote_shell import Answer, Shell
+from stagecal.adapters.remote_shell import Answer, LocalShell, Shell
 from stagecal.ports import FatalError, JobHandle, JobState, JobStatus, TransientError
 from tests import ssh_nodes
 
@@ -311,6 +312,28 @@ def test_slurm_is_used_through_a_submit_host_over_ssh(table: Table, kind: str) -
         way.close()
 
 
+def test_doctor_finds_slurms_programs_its_records_and_each_kind_of_node(table: Table) -> None:
+    found = {finding.name: finding for finding in table.nodes().check()}
+    assert [name for name, finding in found.items() if not finding.ok] == ["typo", "both"]
+    assert "slurm" in found["programs"].text
+    assert "file of completed jobs" in found["records"].text
+    assert "rhel88" in found["typo"].text
+
+
+def test_doctor_says_where_slurms_programs_are_missing(table: Table, tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    shell = LocalShell({"PATH": str(tmp_path / "bin")}, "login1")
+    (finding,) = table.nodes(shell).check()
+    assert (finding.name, finding.ok) == ("programs", False)
+    assert "missing: sbatch squeue sinfo scancel" in finding.text
+
+
+def test_doctor_says_that_a_submit_host_cannot_be_reached(table: Table) -> None:
+    target = replace(ssh_nodes.shared_server("paramiko").target(), port=1)
+    (finding,) = table.nodes(ssh_nodes.make_shell("paramiko", target)).check()
+    assert (finding.ok, "cannot reach" in finding.text) == (False, True)
+
+
 # --- waiting -------------------------------------------------------------------------------------------------------
 
 
@@ -414,8 +437,7 @@ def test_a_silent_slurmctld_is_not_waited_for_and_a_lease_that_is_over_proves_th
     os.kill(controller, signal.SIGSTOP)
     try:
         until(lambda: nodes.poll(job).state is JobState.UNREACHABLE, "the silence to be noticed")
-        for pid in carriers(job.nonce):
-            os.kill(pid, signal.SIGKILL)
+        send(signal.SIGKILL, carriers(job.nonce))
         assert nodes.poll(job).state is JobState.UNREACHABLE
         nodes.renew_lease(job, soon(0))
         assert nodes.poll(job).state is JobState.UNREACHABLE

@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import pytest
 
-from stagecal.adapters.nodes_ssh import Machine, SshNodes
+from stagecal.adapters.nodes_ssh import Machine, SshNodes, clock_off
 from stagecal.adapters.remote_shell import LEGACY_LABEL, Answer, LocalShell, Shell, run_program
 from stagecal.adapters.ssh_openssh import OpenSshShell
 from stagecal.adapters.ssh_paramiko import ParamikoShell
@@ -299,6 +300,24 @@ def test_a_refused_key_and_a_missing_file_are_for_a_person(
 
 
 @both_transports
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o620, 0o602])
+def test_a_key_that_others_may_read_or_write_is_not_used(
+    server: SshServer, tmp_path: Path, kind: str, mode: int
+) -> None:
+    key = tmp_path / "key"
+    shutil.copyfile(server.key, key)
+    key.chmod(mode)
+    shell = make_shell(kind, replace(server.target(), key=key))
+    try:
+        with pytest.raises(FatalError, match=rf"node07: the private key .*has mode {mode:04o}.*run: chmod 600 {key}"):
+            shell.run("true")
+        key.chmod(0o400)
+        assert shell.run("echo in").output == b"in\n"
+    finally:
+        shell.close()
+
+
+@both_transports
 def test_a_host_or_user_is_never_taken_for_an_option(server: SshServer, kind: str, tmp_path: Path) -> None:
     trap = f"-oProxyCommand=touch {tmp_path}/trapped"
     for target in (replace(server.target(), host=trap), replace(server.target(), user=trap)):
@@ -490,6 +509,105 @@ def test_a_node_whose_work_area_is_not_mounted_says_so_and_gets_no_job(bench: Be
     (load,) = bench.nodes.loads()
     assert load.load_per_core is None
     assert "is it mounted?" in load.trouble
+
+
+def node_here(area: Path, path: Path | None = None) -> SshNodes:
+    """Return a node that is this machine with another PATH, without a connection between."""
+    return SshNodes(
+        area, {"node07": Machine(AnyShell("/bin/sh", path=str(path) if path else None))}, WRAPPER, NODE_PROGRAM
+    )
+
+
+def clock_shim(directory: Path, off_s: int) -> Path:
+    """Make a userland whose clock is so many seconds ahead; each look at it is noted in the file `looks`."""
+    path = userland(directory, (*OLD_USERLAND, "df"))
+    (path / "date").unlink()
+    (path / "date").write_text(
+        f"#!/bin/sh\necho >> {directory}/looks\necho $(($({shutil.which('date')} +%s) + {off_s}))\n"
+    )
+    (path / "date").chmod(0o755)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("off_s", "words"), [(3600, "3600 s off: ahead of ours"), (-90, "90 s off: behind ours"), (20, ""), (-20, "")]
+)
+def test_a_node_whose_clock_is_off_gets_no_job_and_is_told(tmp_path: Path, off_s: int, words: str) -> None:
+    nodes = node_here(tmp_path, clock_shim(tmp_path / "bin", off_s))
+    (load,) = nodes.loads()
+    assert load.clock_off_s is not None and abs(load.clock_off_s - off_s) <= 3
+    assert (load.load_per_core is None) is bool(words)
+    ok, text = findings(nodes)["clock"]
+    assert ok is not bool(words)
+    for said in (load.trouble, text) if words else ():
+        # The seconds of two clocks begin at different moments.
+        assert re.sub(r"\d+ s", "", words) in re.sub(r"\d+ s", "", said)
+        (seconds,) = re.findall(r"(\d+) s off", said)
+        assert abs(int(seconds) - abs(off_s)) <= 3
+
+
+def test_a_node_without_a_clock_gets_no_job(tmp_path: Path) -> None:
+    path = userland(tmp_path / "bin", tuple(name for name in OLD_USERLAND if name != "date"))
+    (load,) = node_here(tmp_path, path).loads()
+    assert (load.load_per_core, load.clock_off_s) == (None, None)
+    assert "cannot tell its time" in load.trouble
+
+
+def test_the_clock_of_a_node_is_not_asked_by_a_process_at_each_look(tmp_path: Path) -> None:
+    path = clock_shim(tmp_path / "bin", 0)
+    shell = LocalShell({"PATH": str(path)})
+    nodes = SshNodes(tmp_path, {"node07": Machine(shell)}, WRAPPER, NODE_PROGRAM)
+    try:
+        for _ in range(5):
+            (load,) = nodes.loads()
+            assert load.trouble == ""
+            assert load.clock_off_s is not None and abs(load.clock_off_s) <= 3
+    finally:
+        nodes.close()
+    assert (path / "looks").read_text().count("\n") == 1
+
+
+@pytest.mark.parametrize(("told", "off_s"), [(95.0, -5.0), (100.0, 0.0), (107.0, 0.0), (110.0, 0.0), (117.0, 7.0)])
+def test_the_time_that_a_question_takes_is_not_held_against_a_clock(told: float, off_s: float) -> None:
+    assert clock_off(told, 100.0, 110.0) == off_s
+
+
+RUDE = b"\x1b]0;owned\x07\x1b[2J\xff\xe2\x80\xae" + 1000 * b"spam "
+
+
+class RudeShell:
+    """A node that says what would steer a terminal, and much of it."""
+
+    def run(self, script: str, *arguments: str, stdin: bytes = b"", timeout_s: float | None = None) -> Answer:
+        return Answer(75, RUDE + b"\tno\t" + RUDE, RUDE)
+
+    def ask(self, script: str, *arguments: str, timeout_s: float | None = None) -> bytes:
+        return RUDE
+
+    def close(self) -> None:
+        return
+
+
+def test_words_of_a_node_reach_people_as_one_printable_line_of_bounded_length(tmp_path: Path) -> None:
+    nodes = SshNodes(tmp_path, {"node07": Machine(RudeShell())}, WRAPPER, NODE_PROGRAM)
+    job = JobHandle("node07", "WORK1", secrets.token_hex(8))
+    with pytest.raises(TransientError) as caught:
+        nodes.prepare(job, {"run.sh": b""})
+    said = [str(caught.value), nodes.loads()[0].trouble, *(finding.text for finding in nodes.check("node07"))]
+    assert len(said) > 3
+    for words in said:
+        assert words.isprintable() and len(words) < 400, words
+    assert any("?]0;owned?" in words for words in said)
+
+
+@both_transports
+def test_what_a_job_wrote_about_its_end_is_told_in_printable_words(bench: Bench) -> None:
+    job = bench.launched("true")
+    bench.ended(job)
+    bench.file(job, "ended").write_bytes(RUDE)
+    status = bench.nodes.poll(job)
+    assert status.state is JobState.LOST
+    assert status.detail.isprintable() and "?]0;owned?" in status.detail and len(status.detail) < 400
 
 
 # --- jobs ----------------------------------------------------------------------------------------------------------
@@ -684,8 +802,8 @@ def test_a_node_without_grep_does_not_prove_a_job_dead(tmp_path: Path) -> None:
 # --- what doctor shows ---------------------------------------------------------------------------------------------
 
 
-def findings(nodes: SshNodes, *homes: Path) -> dict[str, tuple[bool, str]]:
-    return {finding.name: (finding.ok, finding.text) for finding in nodes.check("node07", homes)}
+def findings(nodes: SshNodes, *homes: Path, worker: Path | None = None) -> dict[str, tuple[bool, str]]:
+    return {finding.name: (finding.ok, finding.text) for finding in nodes.check("node07", homes, worker)}
 
 
 @both_transports
@@ -696,7 +814,7 @@ def test_a_check_of_a_good_node_finds_all_well(bench: Bench, tmp_path: Path) -> 
     (home / "bin" / "casa").chmod(0o755)
     found = findings(bench.nodes, home)
     assert [name for name, (ok, _) in found.items() if not ok] == []
-    assert {"connection", "shell", "tools", "rsync", "area", "flock", "casa"} <= set(found)
+    assert {"connection", "clock", "shell", "tools", "rsync", "area", "flock", "casa"} <= set(found)
     assert re.search(r"free: \d+ GiB", found["area"][1])
     assert "excludes" in found["flock"][1]
     assert list(bench.area.iterdir()) == []
@@ -731,6 +849,31 @@ def test_a_check_finds_locks_that_do_not_exclude(tmp_path: Path, shim: str, word
     nodes = SshNodes(tmp_path, {"node07": Machine(AnyShell("/bin/sh", path=str(path)))}, WRAPPER, NODE_PROGRAM)
     ok, text = findings(nodes)["flock"]
     assert (ok, words in text) == (False, True)
+
+
+def test_a_work_area_with_less_than_the_reserve_is_a_fault(tmp_path: Path) -> None:
+    machines = {"node07": Machine(AnyShell("/bin/sh"))}
+    disk = os.statvfs(tmp_path)
+    nodes = SshNodes(tmp_path, machines, WRAPPER, NODE_PROGRAM, reserve_bytes=2 * disk.f_blocks * disk.f_frsize)
+    found = findings(nodes)
+    assert not found["area"][0] and "less than reserve_gb" in found["area"][1]
+    assert found["flock"][0], "locks are tried all the same"
+
+
+def test_the_python_with_casatasks_is_tried_on_the_node(tmp_path: Path) -> None:
+    (tmp_path / "casatasks").mkdir()
+    (tmp_path / "casatasks" / "__init__.py").write_text("raise SystemExit('it takes seconds to import, and is not')")
+    worker = tmp_path / "python"
+    start = "import sys; sys.path.insert(0, sys.argv.pop()); exec(sys.argv.pop())"
+    worker.write_text(f"#!/bin/sh\nexec '{sys.executable}' -c '{start}' \"$4\" '{tmp_path}'\n")
+    nodes = node_here(tmp_path)
+    assert "worker" not in findings(nodes)
+    assert "there is no program" in findings(nodes, worker=worker)["worker"][1]
+    worker.chmod(0o755)
+    assert findings(nodes, worker=worker)["worker"] == (True, f"{worker} has casatasks")
+    (tmp_path / "casatasks" / "__init__.py").unlink()
+    (tmp_path / "casatasks").rmdir()
+    assert findings(nodes, worker=worker)["worker"] == (False, f"{worker}: it has no casatasks")
 
 
 @pytest.mark.parametrize("tool", ["flock", "python3", "perl"])

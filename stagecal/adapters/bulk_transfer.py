@@ -2,8 +2,8 @@
 
 The bytes go through the ssh program, by rsync where the node has it, else as tar files; never through Python's SSH.
 What came before a broken attempt is used. A copy is complete only when every file has the size and SHA-256 that the
-node told. Fails with TransientError if the line breaks or stands still, or the disk here is full; with FatalError if
-a link or another odd entry is among the results, or a file comes differently twice.
+node told. Fails with TransientError if the line breaks or stands still, or the disk here has no room; with FatalError
+if a link or another odd entry is among the results, a file comes differently twice, or a job directory is in the way.
 """
 
 from __future__ import annotations
@@ -27,10 +27,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from stagecal.adapters.remote_shell import HOST_ALIAS, Envelope, has_ended, kill_group
+from stagecal.adapters import job_directory as layout
+from stagecal.adapters.remote_shell import HOST_ALIAS, WORDS_LIMIT, Envelope, has_ended, kill_group, plain
 from stagecal.ports import FatalError, TransientError
 
 _NONCE = "nonce"
+# A job directory has the job's nonce too, but nothing in it is ever taken for a copy.
+_OF_A_JOB_DIRECTORY = frozenset({layout.WRAPPER, "run.sh"})
 _PARTIAL = ".stagecal-part"
 _DIGEST = re.compile(rb"\\?([0-9a-f]{64}) [ *]")
 # So much is hashed on the node in one go: the connection is not held for long, and a broken one costs little.
@@ -65,14 +68,23 @@ class Listing:
     rsync: str
 
 
-def fetch(source: Source, copy: Path, nonce: str, tell: Callable[[int, int], None], *, stall_s: float) -> None:
-    """Make `copy` hold exactly the results, each file compared. `tell` hears (bytes here, bytes in all) once a second.
+def fetch(
+    source: Source,
+    copy: Path,
+    nonce: str,
+    tell: Callable[[int, int], None],
+    *,
+    stall_s: float,
+    reserve_bytes: int = 0,
+) -> None:
+    """Make `copy` hold exactly the results, each file compared. `tell` hears (bytes here, bytes in all) once a second,
+    while the node or this machine reads them for their digests only now and then.
 
-    `nonce` says whose copy it is: another job's is never touched (FatalError). A transfer in which nothing moves for
-    `stall_s` seconds is broken off.
+    `nonce` says whose copy it is: another job's is never touched (FatalError). Nothing is brought if less than
+    `reserve_bytes` would stay free (TransientError). A transfer in which nothing moves for `stall_s` seconds is broken
+    off.
     """
     listing = read_listing(source.call("list", b"", None), source.name)
-    digests = dict(_digests(source, listing.sizes))
     try:
         with _claimed(copy, nonce) as claim:
             _refuse_links(copy)
@@ -80,23 +92,37 @@ def fetch(source: Source, copy: Path, nonce: str, tell: Callable[[int, int], Non
             for name in sorted(listing.directories):
                 (copy / name).mkdir(mode=0o750, exist_ok=True)
             progress = _Progress(copy, listing.sizes, tell)
+            _make_sure_of_room(source, copy, progress, reserve_bytes)
+            digests = dict(_digests(source, listing.sizes, progress))
             _bring(_Transfer(source, copy, progress, stall_s, claim), listing, digests)
             progress.tell()
     except OSError as error:
         raise TransientError(f"the results of {source.name} cannot be written to {copy}: {error.strerror}") from error
 
 
+def _make_sure_of_room(source: Source, copy: Path, progress: _Progress, reserve_bytes: int) -> None:
+    """Raise TransientError if what has still to come would leave less free space here than the reserve."""
+    missing = progress.total - progress.count()
+    disk = os.statvfs(copy)
+    free = disk.f_bavail * disk.f_frsize
+    if missing and missing + reserve_bytes > free:
+        raise TransientError(
+            f"{source.name}: {missing / 1e9:.1f} GB have still to come, but {copy.parent} has {free / 1e9:.1f} GB "
+            f"free, of which {reserve_bytes / 1e9:.1f} GB are never used up ([staging] reserve_gb): delete or enlarge"
+        )
+
+
 def _bring(transfer: _Transfer, listing: Listing, digests: Mapping[str, str]) -> None:
     """Bring what is missing, and again what came wrong."""
-    source, copy = transfer.source, transfer.copy
-    missing = _not_whole(copy, listing.sizes, listing.sizes, digests)
+    source = transfer.source
+    missing = _not_whole(transfer, listing.sizes, listing.sizes, digests)
     for _ in range(2):
         if missing:
             if listing.rsync and shutil.which("rsync"):
                 _by_rsync(transfer, missing, listing.rsync)
             else:
                 _by_tar(transfer, missing)
-            missing = _not_whole(copy, missing, listing.sizes, digests)
+            missing = _not_whole(transfer, missing, listing.sizes, digests)
     if missing:
         raise FatalError(
             f"{source.name}: {missing[0]!r} and {len(missing) - 1} more file(s) came differently twice: "
@@ -136,8 +162,9 @@ def read_listing(output: bytes, name: str) -> Listing:
     return Listing(frozenset(directories), sizes, os.fsdecode(first).removeprefix("rsync").strip())
 
 
-def _digests(source: Source, sizes: Mapping[str, int]) -> Iterator[tuple[str, str]]:
+def _digests(source: Source, sizes: Mapping[str, int], progress: _Progress) -> Iterator[tuple[str, str]]:
     for batch in _batches(sizes):
+        progress.tell_if_due()
         names = b"".join(os.fsencode(name) + b"\0" for name in batch)
         patience = 60 + sum(sizes[name] for name in batch) / _SLOWEST_HASH
         lines = source.call("digest", names, patience).splitlines()
@@ -168,6 +195,8 @@ def _owner(copy: Path) -> str | None:
     if copy.is_symlink():
         raise FatalError(f"{copy} is a link: move it away")
     entries = os.listdir(copy)
+    if not _OF_A_JOB_DIRECTORY.isdisjoint(entries):
+        raise FatalError(f"{copy} is a job directory: [cluster] fetch_area must be no work area, name another")
     if _NONCE not in entries:
         if entries:
             raise FatalError(f"{copy} is not of a job: move it away")
@@ -223,8 +252,15 @@ def _remove_others(copy: Path, listing: Listing) -> None:
                 os.rmdir(copy / inside)
 
 
-def _not_whole(copy: Path, names: Iterable[str], sizes: Mapping[str, int], digests: Mapping[str, str]) -> list[str]:
-    return [name for name in names if not _is_whole(copy, name, sizes[name], digests[name])]
+def _not_whole(
+    transfer: _Transfer, names: Iterable[str], sizes: Mapping[str, int], digests: Mapping[str, str]
+) -> list[str]:
+    found = []
+    for name in names:
+        transfer.progress.tell_if_due()
+        if not _is_whole(transfer.copy, name, sizes[name], digests[name]):
+            found.append(name)
+    return found
 
 
 def _is_whole(copy: Path, name: str, size: int, digest: str) -> bool:
@@ -250,7 +286,7 @@ class _Progress:
     def __init__(self, copy: Path, sizes: Mapping[str, int], tell: Callable[[int, int], None]) -> None:
         self._copy = copy
         self._sizes = sizes
-        self._total = sum(sizes.values())
+        self.total = sum(sizes.values())
         self._tell = tell
         self._told_at = 0.0
 
@@ -268,8 +304,13 @@ class _Progress:
         """Count and tell."""
         done = self.count()
         self._told_at = time.monotonic()
-        self._tell(done, self._total)
+        self._tell(done, self.total)
         return done
+
+    def tell_if_due(self) -> None:
+        """Count and tell, unless that was done within the last second."""
+        if self.is_due():
+            self.tell()
 
     def is_due(self) -> bool:
         """Return whether the last telling is a second ago."""
@@ -349,7 +390,7 @@ def _by_rsync(transfer: _Transfer, names: Sequence[str], version: str) -> None:
 
 def _last_words(errors: IO[bytes]) -> str:
     errors.seek(max(0, errors.seek(0, os.SEEK_END) - 2000))
-    return " ".join(errors.read().decode("utf-8", errors="replace").split())[-400:] or "it said nothing"
+    return plain(" ".join(errors.read().decode("utf-8", errors="replace").split())[-WORDS_LIMIT:]) or "it said nothing"
 
 
 # --- tar -----------------------------------------------------------------------------------------------------------
@@ -404,7 +445,7 @@ class _Unpacking:
             while stream.read(65536):
                 continue
         except (OSError, tarfile.TarError) as error:
-            self.trouble = TransientError(f"{self._source.name}: the transfer broke: {error}")
+            self.trouble = TransientError(f"{self._source.name}: the transfer broke: {plain(str(error))}")
         except FatalError as error:
             self.trouble = error
         finally:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import subprocess
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from stagecal.domain.restore.chosen import ChosenRestore
 from stagecal.domain.restore.engines import AUTO, CASATASKS, COMMAND, PIPELINE, SCRIPT
 from stagecal.domain.restore.plan import PlannedExecutionBlock, RestorePlan
 from stagecal.domain.restore.ppr import ppr_faults, ppr_values
+from stagecal.domain.restore.product_names import AUXPRODUCTS
 from stagecal.ports import EngineJob, FatalError, Templates
 
 _VERSION = "import importlib.metadata as m; print(m.version('casatasks'))"
@@ -36,7 +37,7 @@ _MOST_MEMBERS, _MOST_BYTES = 10_000, 20 * 1024**3
 class SiteEngines:
     """The Engines port by the `[restore]` section; `templates_directory` holds the scripts that run inside CASA.
 
-    `work_area` is the directory of the job directories on the nodes.
+    `work_area` is the directory of the job directories on the nodes; `is_far` says that those are other machines.
     """
 
     restore: Restore
@@ -44,6 +45,7 @@ class SiteEngines:
     templates: Templates
     templates_directory: Path
     work_area: Path
+    is_far: bool = False
     _versions: dict[Path, str] = field(default_factory=dict)
 
     def identity(self, project: str) -> str:
@@ -60,15 +62,18 @@ class SiteEngines:
         scripts = b"".join(self._script("casa", name) for name in ("calibrate.py", "finish_restore.py"))
         return f"{' '.join(parts)} {hashlib.sha256(scripts).hexdigest()[:16]}"
 
-    def available(self) -> Collection[str]:
-        found = {COMMAND} if self.restore.command else set()
+    def available(self) -> Mapping[str, str]:
+        found = {COMMAND: ""} if self.restore.command else {}
         if not self.restore.raw_fetch:
             return found
         if self.restore.casa:
-            found |= {PIPELINE, SCRIPT}
+            found |= {PIPELINE: "", SCRIPT: ""}
         from stagecal.casa_worker import find_casa_worker
 
-        return found | {CASATASKS} if find_casa_worker(self.restore.casa_worker) else found
+        if self.is_far and self.restore.casa_worker is None:
+            # The environment in our cache directory is on this machine only.
+            return found
+        return found | ({CASATASKS: self._known_version()} if find_casa_worker(self.restore.casa_worker) else {})
 
     def job(self, request: Request, restore: ChosenRestore | None) -> EngineJob:
         if restore is None:
@@ -133,6 +138,7 @@ class SiteEngines:
                     "into": "products",
                     "most_members": _MOST_MEMBERS,
                     "most_bytes": _MOST_BYTES,
+                    "allowed": list(AUXPRODUCTS),
                 }
             ]
             if aux
@@ -149,7 +155,8 @@ class SiteEngines:
             "area": area,
             "calibration": {block.uid: _calibration(block) for block in plan.execution_blocks},
             "ocorr_mode": str(restore.script.parameters.get("ocorr_mode", "ca")),
-            "casa_version": plan.casa_version,
+            "engine_reason": restore.engine.reason,
+            "calibrated_by": _calibrated_by(plan),
             "auxiliary": [name for archived, name in _names_on_disk(plan).items() if archived != plan.manifest],
         }
 
@@ -179,7 +186,7 @@ class SiteEngines:
             },
             "engine": restore.engine.engine,
             "engine_reason": restore.engine.reason,
-            "calibrated_by": {"casa": plan.casa_version, "pipeline": plan.pipeline_version},
+            "calibrated_by": _calibrated_by(plan),
             "restored_by": {"casa": restore.casa.version, "home": restore.casa.home} if restore.casa else {},
             "directories": {
                 name: name if area == "." else f"{area}/{name}" for name in ("rawdata", "products", "working")
@@ -243,6 +250,13 @@ class SiteEngines:
             raise FatalError("there is no CASA worker environment yet: make it by `stagecal init` or `stagecal watch`")
         return python
 
+    def _known_version(self) -> str:
+        """Return the version of the worker's casatasks, '' if it does not say it: its job will say why."""
+        try:
+            return self._version()
+        except FatalError:
+            return ""
+
     def _version(self) -> str:
         python = self._worker()
         if python not in self._versions:
@@ -263,6 +277,10 @@ def _names_on_disk(plan: RestorePlan) -> Mapping[str, str]:
     """Return for each archived file the name that it gets: what reads it looks for the manifest's."""
     links = {link.archived: link.name for link in plan.links}
     return {file.name: links.get(file.name, file.name) for file in plan.files}
+
+
+def _calibrated_by(plan: RestorePlan) -> Mapping[str, str]:
+    return {"casa": plan.casa_version, "pipeline": plan.pipeline_version}
 
 
 def _calibration(block: PlannedExecutionBlock) -> Mapping[str, str]:

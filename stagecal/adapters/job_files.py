@@ -227,7 +227,7 @@ def write_tree(name: str, area: int, contents: Mapping[str, bytes]) -> None:
             os.close(descriptor)
 
 
-def remove_tree(name: str, area: int) -> None:
+def remove_tree(name: str, area: int, *, tries: int = 5) -> None:
     """Remove a directory with all that is in it by handles, never through a link; not there is fine.
 
     Directories that a job left without the right to write are opened up: they are ours.
@@ -248,7 +248,14 @@ def remove_tree(name: str, area: int) -> None:
                 os.unlink(entry.name, dir_fd=directory)
     finally:
         os.close(directory)
-    os.rmdir(name, dir_fd=area)
+    try:
+        os.rmdir(name, dir_fd=area)
+    except OSError as error:
+        # The last file of a wrapper on its way out may have come in between.
+        if error.errno != errno.ENOTEMPTY or tries <= 1:
+            raise
+        time.sleep(0.05)
+        remove_tree(name, area, tries=tries - 1)
 
 
 def uptime_s() -> float:

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from stagecal.adapters import job_directory as layout
 from stagecal.adapters.job_files import JobFiles, boot_id, claim, exists, read, uptime_s, write, write_once
-from stagecal.adapters.remote_shell import Answer, Shell
+from stagecal.adapters.remote_shell import Answer, Finding, Shell, plain, printable
 from stagecal.ports import FatalError, JobHandle, JobState, JobStatus, NodeLoad, TransientError
 
 # Beside the layout of every job directory: the number of the job in Slurm, and whether its wrapper died before it.
@@ -45,6 +45,8 @@ _ENDED = frozenset(
 )
 # The batch script came to its end by itself: it was started, whatever is seen of it here.
 _ENDED_BY_ITSELF = frozenset({"COMPLETED", "FAILED", "OUT_OF_MEMORY"})
+# What a shell tells of a program that KILL or TERM has ended.
+_KILLED = (137, 143)
 _WAITING = frozenset({"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD"})
 # States of a node in which it takes jobs, now or when others have ended; Slurm keeps the queue.
 _USABLE = frozenset(
@@ -75,6 +77,24 @@ sacct --noheader --parsable2 --allocations --format=$format "$@" 2>/dev/null ||
 """
 _NODES = 'exec sinfo --noheader --Node --format="%N|%T|%O|%c|%b" "$@"'
 _CANCEL = 'exec scancel "$@"'
+_PROGRAMS = """\
+missing=
+for program in sbatch squeue sinfo scancel; do
+    command -v "$program" >/dev/null || missing="$missing $program"
+done
+[ -z "$missing" ] || { echo "missing:$missing" >&2; exit 1; }
+exec sinfo --version
+"""
+# Says which of them knows of jobs that slurmctld has forgotten.
+_RECORDS = """\
+sacct --noheader --parsable2 --allocations --format=JobID >/dev/null 2>&1 && exec echo accounting
+sacct --completion --noheader --parsable2 --format=JobID >/dev/null 2>&1 && exec echo completed
+echo none
+"""
+_RECORDED = {
+    "accounting": "sacct tells how jobs ended",
+    "completed": "no accounting, but the file of completed jobs tells how jobs ended",
+}
 
 # TERM comes from scancel. Slurm gives the job's place away when this script ends: it stays while anything of the job
 # lives, and ends what a killed wrapper left behind when that may live no longer.
@@ -210,6 +230,25 @@ class SlurmNodes:
             return [NodeLoad(name, None, labels, str(trouble)) for name, labels in self._nodes.items()]
         return [self._load_of(name, labels, found) for name, labels in self._nodes.items()]
 
+    def check(self) -> Sequence[Finding]:
+        """Return what was tried of Slurm: the way to its programs, these, slurmctld, records of what has ended, and
+        for each kind of node whether there is one. Never raises.
+        """
+        try:
+            programs = self._slurm.programs()
+        except (TransientError, FatalError) as error:
+            return (Finding("programs", False, str(error)),)
+        findings = [Finding("programs", True, f"sbatch, squeue, sinfo and scancel are there ({programs})")]
+        try:
+            self._slurm.check()
+        except TransientError as error:
+            return (*findings, Finding("slurmctld", False, str(error)))
+        findings += [Finding("slurmctld", True, "squeue is answered"), self._slurm.records()]
+        for look in self.loads():
+            labels = "&".join(look.labels) or "any node"
+            findings.append(Finding(look.name, not look.trouble, look.trouble or f"a node is up ({labels})"))
+        return findings
+
     def _load_of(self, name: str, labels: tuple[str, ...], found: Sequence[_Node]) -> NodeLoad:
         known = frozenset[str]().union(*(node.features for node in found))
         unknown = [label for label in labels if label not in known]
@@ -292,7 +331,7 @@ class SlurmNodes:
             return
         words = _last_line(answer.errors) or f"sbatch ended with {answer.code}"
         refused = _REFUSED.search(answer.errors.decode(errors="replace"))
-        reason = refused[1] if refused else words
+        reason = plain(refused[1]) if refused else words
         # A program that was killed has not told everything; any other failure without an answer came before the
         # submission.
         in_doubt = answer.code == 0 or 128 < answer.code < 255 or bool(refused and _IN_DOUBT.search(reason))
@@ -315,7 +354,7 @@ class SlurmNodes:
                 return self._without_directory(job, asked)
             files = _look(job, directory)
             if files.is_settled:
-                return layout.status_of(files.seen, patience_s=self._patience_s)
+                return self._settled(job, directory, files, asked)
             try:
                 found = self._find(job, files.number, directory, asked=asked)
                 if found and not found.has_ended:
@@ -327,10 +366,26 @@ class SlurmNodes:
             # What the job wrote before Slurm told its end is seen only now.
             files = _look(job, directory)
             if files.is_settled:
-                return layout.status_of(files.seen, patience_s=self._patience_s)
+                return self._settled(job, directory, files, asked)
             if found is None:
                 return self._unknown(job, directory, files)
             return self._ended(job, directory, files, found, is_down=is_down)
+
+    def _settled(self, job: JobHandle, directory: int, files: _Files, asked: float) -> JobStatus:
+        """Return what the files alone tell, but for a job killed by a signal: somebody may have cancelled it in Slurm.
+
+        `scancel` reaches run.sh and its wrapper at once, and either may be the first to end.
+        """
+        status = layout.status_of(files.seen, patience_s=self._patience_s)
+        if status.state is not JobState.EXITED or status.exit_code not in _KILLED:
+            return status
+        try:
+            found = self._find(job, files.number, directory, asked=asked)
+        except TransientError as trouble:
+            return JobStatus(JobState.UNREACHABLE, detail=f"it was killed, and nobody tells by whom: {trouble}")
+        if found is not None and found.state == "CANCELLED":
+            return JobStatus(JobState.LOST, detail=f"Slurm says that it was cancelled (exit status {status.exit_code})")
+        return status
 
     def _without_directory(self, job: JobHandle, asked: float) -> JobStatus:
         try:
@@ -525,7 +580,7 @@ def _look(job: JobHandle, directory: int) -> _Files:
         launched=launched,
         wrapper=wrapper,
         exit_code=exit_code,
-        ended=ended,
+        ended=plain(ended),
     )
     return _Files(
         seen=seen,
@@ -559,6 +614,25 @@ class _Slurm:
     def check(self) -> None:
         """Raise TransientError if Slurm does not answer."""
         self._queue()
+
+    def programs(self) -> str:
+        """Return Slurm's version. Raises TransientError or FatalError if it cannot be told where jobs are submitted."""
+        answer = self._shell.run(_PROGRAMS, timeout_s=self._timeout_s)
+        if answer.code:
+            raise FatalError(f"Slurm's programs cannot be used: {_last_line(answer.errors) or 'sinfo says nothing'}")
+        return plain(answer.output.decode(errors="replace"))
+
+    def records(self) -> Finding:
+        """Return what knows of jobs that slurmctld has forgotten. That there is nothing makes jobs wait, not fail."""
+        try:
+            found = self._run(_RECORDS, "sacct").output.decode(errors="replace").strip()
+        except TransientError as trouble:
+            return Finding("records", False, str(trouble))
+        nothing = (
+            "neither accounting nor a file of completed jobs: a job that slurmctld has forgotten before it told its "
+            "end keeps its slot until its lease is over"
+        )
+        return Finding("records", True, _RECORDED.get(found, nothing))
 
     def cancel(self, number: int, *, gently: bool) -> None:
         """Tell a job's batch script to end it, or let Slurm kill all of it. What has ended meanwhile is fine."""
@@ -629,12 +703,12 @@ class _Slurm:
 
 
 def _lines(answer: Answer) -> Iterator[str]:
-    return iter(answer.output.decode("utf-8", errors="replace").splitlines())
+    return map(printable, answer.output.decode("utf-8", errors="replace").splitlines())
 
 
 def _last_line(errors: bytes) -> str:
     lines = [line.strip() for line in errors.decode("utf-8", errors="replace").splitlines() if line.strip()]
-    return lines[-1][:300] if lines else ""
+    return plain(lines[-1]) if lines else ""
 
 
 def _submitted_number(answer: Answer) -> int | None:

@@ -148,9 +148,7 @@ class SshNodes:
                 looks.append(self._silent(name, f"no answer within {self._timeout_s:g} s"))
         return looks
 
-    def check(
-        self, node: str, casa_homes: Sequence[Path] = (), casa_worker: Path | None = None
-    ) -> Sequence[Finding]:
+    def check(self, node: str, casa_homes: Sequence[Path] = (), casa_worker: Path | None = None) -> Sequence[Finding]:
         """Return what was tried on a node: the connection first, then what jobs need of it.
 
         The clock, the work area, its free space and its locks, the tools, these homes of CASA, and the Python that
@@ -178,7 +176,9 @@ class SshNodes:
             name, ok, text = [*line.split("\t", 2), "", ""][:3]
             findings.append(Finding(plain(name), ok == "yes", plain(text)))
         if answer.code:
-            findings.append(Finding("shell", False, plain(_last_words(answer)) or f"the check ended with {answer.code}"))
+            findings.append(
+                Finding("shell", False, plain(_last_words(answer)) or f"the check ended with {answer.code}")
+            )
         return findings
 
     def close(self) -> None:
@@ -261,8 +261,7 @@ class SshNodes:
             ssh_command=machine.ssh_command,
         )
         copy = self._fetch_area / job.work
-        bulk_transfer.fetch(
-            source, copy, job.nonce, tell, stall_s=self._stall_s, reserve_bytes=self._reserve_bytes)
+        bulk_transfer.fetch(source, copy, job.nonce, tell, stall_s=self._stall_s, reserve_bytes=self._reserve_bytes)
         return copy
 
     def cancel(self, job: JobHandle) -> None:

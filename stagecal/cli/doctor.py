@@ -46,6 +46,8 @@ def _findings(config: Config) -> Iterator[Finding]:
     yield answer_of("nodes", lambda: _nodes(config))
     if config.cluster.runner == "ssh":
         yield from _each_node(config)
+    if config.cluster.runner == "slurm":
+        yield from _slurm(config)
     yield from node_lock_findings(config, wiring.nodes(config), wiring.clock().now())
     yield answer_of("engine", lambda: _engine(config))
     yield answer_of("templates", lambda: _templates(config))
@@ -69,20 +71,31 @@ def _nodes(config: Config) -> str:
     loads = wiring.nodes(config).loads()
     silent = [f"{node.name} ({node.trouble})" for node in loads if node.load_per_core is None]
     if silent:
-        raise TransientError(f"these nodes do not answer: {', '.join(silent)}")
+        raise TransientError(f"no job can go to these nodes: {', '.join(silent)}")
     return ", ".join(f"{node.name} load {node.load_per_core:.2f} per core" for node in loads)
 
 
 def _each_node(config: Config) -> Iterator[Finding]:
-    """Check on each node what its jobs need: connection, tools, work area, the CASAs that it should have."""
+    """Check on each node what its jobs need: connection, clock, tools, work area, the CASAs that it should have."""
     from stagecal import wiring
     from stagecal.services.checking import Finding
 
     nodes = wiring.ssh_nodes(config)
+    restore = config.restore
+    is_used = restore.raw_fetch and restore.chosen_engine in ("auto", "casatasks")
     for node in config.cluster.nodes:
-        homes = [casa.home for casa in config.restore.casa if not casa.label or casa.label in node.labels]
-        for finding in nodes.check(node.name, homes):
+        homes = [casa.home for casa in restore.casa if not casa.label or casa.label in node.labels]
+        for finding in nodes.check(node.name, homes, restore.casa_worker if is_used else None):
             yield Finding(f"{node.name} {finding.name}", not finding.ok, finding.text)
+
+
+def _slurm(config: Config) -> Iterator[Finding]:
+    """Check the submit host, Slurm's programs there, and that there are nodes of each kind."""
+    from stagecal import wiring
+    from stagecal.services.checking import Finding
+
+    for finding in wiring.slurm_nodes(config).check():
+        yield Finding(f"slurm {finding.name}", not finding.ok, finding.text)
 
 
 def _engine(config: Config) -> str:

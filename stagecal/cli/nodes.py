@@ -33,6 +33,10 @@ def command(options: argparse.Namespace, _name: str) -> int:
         print_json(records)
     else:
         _table(records)
+        for record in records:
+            if record["left_behind"]:
+                left = ", ".join(record["left_behind"])
+                print(f"left behind on {record['name']}, removed when it can be: {left}")
         slots = site.config.cluster.max_jobs
         taken = sum(request.holds_slot for request in site.ledger.open_requests())
         held = site.ledger.setting("held")

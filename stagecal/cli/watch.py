@@ -213,8 +213,8 @@ class _Daemon:
         self.wake.set()
 
     def _sleep(self, next_at: datetime | None, ping_s: float, *, until_idle: bool) -> None:
-        longest = _OPEN_S if self.site.ledger.open_requests() else _BEAT_S
-        pause = min(ping_s, longest, self.config.triggers.scan_interval_s)
+        # What is typed at a terminal reaches us through the ledger alone.
+        pause = min(ping_s, _OPEN_S, self.config.triggers.scan_interval_s)
         if next_at is not None:
             pause = min(pause, max(0.0, (next_at - self.site.clock.now()).total_seconds()))
         if until_idle:

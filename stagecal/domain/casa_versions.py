@@ -111,12 +111,13 @@ def casa_faults(version: str, pipeline_version: str = "", *, renorm: bool = Fals
     return tuple(faults)
 
 
-def may_hide_failed_flags(version: str) -> bool:
-    """Return whether the pipeline of this CASA goes on after a failed restore of the flags, so that its log counts.
+def is_older(version: str, than: str) -> bool:
+    """Return whether a CASA is older than another one; never if one of the versions is unknown.
 
-    From mid 2018 to May 2020 (CASA 5.4 to the last before 6.1) that was no error.
+    A version written without its build number stands for each build of it.
     """
-    return (5, 4) <= release_key(version) < (6, 1)
+    key = release_key(than)
+    return bool(key and release_key(version)) and not _same_or_newer(version, key)
 
 
 def release_key(version: str) -> tuple[int, ...]:

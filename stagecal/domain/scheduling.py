@@ -84,7 +84,7 @@ def _objection(node: NodeView, wanted: Wanted) -> str:
     if node.name in wanted.avoid:
         return "must not be used again for this request"
     if node.load_per_core is None:
-        return f"does not answer: {node.trouble}" if node.trouble else "does not answer"
+        return f"gets no job: {node.trouble}" if node.trouble else "does not answer"
     if not math.isfinite(node.load_per_core) or node.load_per_core < 0:
         return f"reports an impossible load ({node.load_per_core})"
     limit = wanted.limits.get(node.name)

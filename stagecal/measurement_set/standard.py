@@ -218,8 +218,11 @@ def _fault(column: Column, kind: str, units: str = "", measure: str = "") -> str
     is_array = kind.endswith("[]")
     if column.data_type != TYPE_NAMES[kind.removesuffix("[]")] or column.scalar is is_array:
         return f"does not hold {'arrays of ' if is_array else ''}{kind.removesuffix('[]')}"
-    if units and column.keywords.get("QuantumUnits") != tuple(units.split(",")):
+    each = tuple(units.split(","))
+    if units and column.keywords.get("QuantumUnits") != each:
         return f"is not in {units}"
+    if len(each) > 1 and column.fixed_shape and column.shape and column.shape[0] != len(each):
+        return f"has the shape {list(column.shape)}, and holds vectors of {len(each)}"
     if measure and _measure(column.keywords) != measure:
         return f"is not known as a measure of {measure}"
     return ""

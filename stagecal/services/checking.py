@@ -78,32 +78,38 @@ class Finding:
 
 def directory_findings(config: Config) -> Iterator[Finding]:
     """Check that each directory is there, can be written, and that a lock in it really excludes."""
+    fetch_area = config.cluster.fetch_area
     for name, directory in (
         ("triggers", config.triggers.directory),
         ("work area", config.cluster.work_area),
+        ("fetch area", fetch_area),
         ("staging root", config.staging.root),
         ("state", config.state.directory),
     ):
-        yield Finding(name, *_written(directory))
+        if directory is not None:
+            yield Finding(name, *_written(directory))
     for name, locked in (
         ("locks in triggers", config.triggers.directory),
         ("locks in work", config.cluster.work_area),
+        ("locks in fetched", fetch_area),
         ("locks in staging", config.staging.root),
         ("locks in state", config.state.directory),
         ("locks of MSs", config.locks.directory),
     ):
         if locked is not None and (locked.is_dir() or name == "locks of MSs"):
             yield Finding(name, *_locks_exclude(locked))
-    if config.staging.root.is_dir():
-        free = os.statvfs(config.staging.root)
-        gigabytes = free.f_bavail * free.f_frsize / 1e9
-        enough = gigabytes >= config.staging.reserve_gb
-        yield Finding(
-            "free space",
-            not enough,
-            f"{gigabytes:.1f} GB free for staging"
-            + ("" if enough else f", less than reserve_gb = {config.staging.reserve_gb:g}: delete or enlarge"),
-        )
+    for what, filled in (("staging", config.staging.root), ("what is fetched", fetch_area)):
+        if filled is not None and filled.is_dir():
+            yield Finding("free space", *_has_room(filled, what, config.staging.reserve_gb))
+
+
+def _has_room(directory: Path, what: str, reserve_gb: float) -> tuple[bool, str]:
+    disk = os.statvfs(directory)
+    gigabytes = disk.f_bavail * disk.f_frsize / 1e9
+    said = f"{gigabytes:.1f} GB free for {what}"
+    if gigabytes >= reserve_gb:
+        return False, said
+    return True, f"{said}, less than reserve_gb = {reserve_gb:g}: delete or enlarge"
 
 
 def _written(directory: Path) -> tuple[bool, str]:

@@ -22,6 +22,8 @@ from stagecal.domain import terminal
 from stagecal.domain.products import measurement_set_name, tar_name
 from stagecal.domain.records import ProductFile, Step
 from stagecal.domain.requests import Request, State
+from stagecal.domain.restore.engines import COMMAND
+from stagecal.domain.sizes import readable_size
 from stagecal.domain.verdicts import Verdict
 from stagecal.measurement_set import (
     FieldUse,
@@ -36,7 +38,15 @@ from stagecal.measurement_set import (
 from stagecal.ports import FatalError, JobHandle, StagingArea, TransientError
 from stagecal.services.context import Site
 from stagecal.services.judging import refusal_lines
-from stagecal.services.publishing import PAPERS, product_file, publish, published_already, published_lines
+from stagecal.services.publishing import (
+    PAPERS,
+    product_file,
+    publish,
+    published_already,
+    published_lines,
+    restore_receipt,
+    write_receipt,
+)
 
 # What NRAO's and ESO's deliveries hold beside the data; never the manifest or the AQUA report.
 _AUXILIARY = re.compile(
@@ -119,6 +129,8 @@ def collect(site: Site, request: Request, now: datetime) -> Request:
     if site.ledger.get(request.id).wish == "withdraw":
         site.staging.discard(request.token)
         raise WithdrawnMeanwhileError
+    # Packing may have taken hours, and the retention counts from here.
+    now = site.clock.now()
     staging = publish(site, request, files, absent, made_by_of(report), now)
     sizes = {file.name: file.size for file in files if file.execution_block}
     checked = "; ".join(f"{name}: {size} bytes" for name, size in sizes.items())
@@ -151,6 +163,9 @@ def collect_restored(site: Site, request: Request, now: datetime) -> Request:
         raise ProductError(f"the engine reports fields that are no calibrators: {refusal.detail}") from refusal
     for measurement_set in sets.values():
         make_trustworthy(measurement_set)
+    absent = tuple(block for block in request.execution_blocks if block not in sets)
+    sizes = {block: size_of(path) for block, path in sets.items()}
+    write_receipt(directory, restore_receipt(request, sizes, absent, made_by_of(report), now))
     names = sorted(path.name for path in sets.values())
     return site.ledger.commit(
         request,
@@ -166,59 +181,80 @@ def collect_restored(site: Site, request: Request, now: datetime) -> Request:
 def _brought_here(site: Site, request: Request) -> tuple[Request, Path]:
     """Bring the job's results here if they are elsewhere; `status` and the terminal show what is on its way."""
     told = site.clock.now()
+    tenths = 0
 
     def tell(done: int, total: int) -> None:
-        nonlocal request, told
+        nonlocal request, told, tenths
         now = site.clock.now()
         if now - told < _TELL_EVERY:
             return
         told = now
-        received = f"{done / 1e9:.1f} GB of {total / 1e9:.1f} GB received from {request.node}"
-        request = site.ledger.commit(request, now=now, reason=received, terminal=[f"{received} ..."])
+        received = f"{readable_size(done)} of {readable_size(total)} received from {request.node}"
+        passed = 10 * done // total if total else 0
+        lines = [f"{received} ..."] if passed > tenths else []
+        tenths = max(tenths, passed)
+        request = site.ledger.commit(request, now=now, reason=received, terminal=lines)
 
     directory = site.nodes.fetch(JobHandle(request.node, request.work, request.nonce), tell)
     return request, directory
 
 
 def read_report(directory: Path) -> Mapping[str, Any]:
-    """Return what the engine reported about its work; an engine may leave no report, then it is empty.
+    """Return what the engine reported about its work; only the site's own command may leave no report.
 
-    The job wrote it: only a plain file of reasonable size is read. Raises ProductError if it cannot be understood.
+    The job wrote it: only a plain file of reasonable size is read. Raises ProductError if it cannot be understood, or
+    is missing where another engine worked: that one writes it when all products are complete and right.
     """
+    report = _object_in(directory, "report.json")
+    if report is not None:
+        return report
+    engine = (_object_in(directory, "job.json") or {}).get("engine", COMMAND)
+    if engine != COMMAND:
+        raise ProductError(f"the engine {engine} left no report.json: its products are not known to be complete")
+    return {"engine": COMMAND}
+
+
+def _object_in(directory: Path, name: str) -> Mapping[str, Any] | None:
+    """Return the JSON object in a file of a job directory, None if the file is not there."""
     try:
-        descriptor = os.open(directory / "report.json", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = os.open(directory / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
-        return {"engine": "command"}
+        return None
     except OSError as error:
-        raise ProductError(f"the engine's report.json cannot be read: {error.strerror}") from error
+        raise ProductError(f"the engine's {name} cannot be read: {error.strerror}") from error
     with os.fdopen(descriptor, "rb") as stream:
         found = os.fstat(stream.fileno())
         if not stat.S_ISREG(found.st_mode) or found.st_size > _LARGEST_REPORT:
-            raise ProductError("the engine's report.json is no plain file of reasonable size")
+            raise ProductError(f"the engine's {name} is no plain file of reasonable size")
         content = stream.read()
     try:
-        report = json.loads(content)
+        value = json.loads(content)
     except ValueError as error:
-        raise ProductError(f"the engine's report.json is no JSON ({error})") from error
-    if not isinstance(report, dict):
-        raise ProductError("the engine's report.json is no object")
-    return report
+        raise ProductError(f"the engine's {name} is no JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ProductError(f"the engine's {name} is no object")
+    return value
 
 
 def made_by_of(report: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the receipt says about how the products were made: no address of a person, no path of a machine."""
     made_by: dict[str, Any] = {
         name: report[name]
-        for name in ("engine", "casa_version", "started", "ended")
+        for name in ("engine", "engine_reason", "started", "ended")
         if isinstance(report.get(name), str) and _is_public(report[name])
     }
+    for name in ("calibrated_by", "restored_by"):
+        said = report.get(name)
+        versions = {one: said.get(one) for one in ("casa", "pipeline")} if isinstance(said, dict) else {}
+        known = {one: text for one, text in versions.items() if isinstance(text, str) and text and _is_public(text)}
+        made_by |= {name: known} if known else {}
     commands = report.get("commands")
     if isinstance(commands, list):
         made_by["commands"] = [one for one in commands if isinstance(one, str) and _is_public(one)]
     blocks = report.get("execution_blocks")
     if isinstance(blocks, dict):
-        said = {uid: one.get("session") for uid, one in blocks.items() if isinstance(one, dict)}
-        sessions = {uid: name for uid, name in said.items() if isinstance(name, str) and _SESSION.fullmatch(name)}
+        named = {uid: one.get("session") for uid, one in blocks.items() if isinstance(one, dict)}
+        sessions = {uid: name for uid, name in named.items() if isinstance(name, str) and _SESSION.fullmatch(name)}
         made_by |= {"sessions": sessions} if sessions and all(map(_is_public, sessions)) else {}
     return made_by
 

@@ -286,7 +286,7 @@ def step_staging(site: Site, request: Request, now: datetime) -> Request:
         return request
     if status.state is JobState.UNREACHABLE:
         rest = site.config.cluster.poll_interval_s
-        if request.reason != status.detail:
+        if not request.reason:
             site.ledger.note(request.id, Step("poll", "does the job live?", status.detail, "unknown: wait"), now)
         return site.ledger.commit(request, now=now, not_before=now + timedelta(seconds=rest), reason=status.detail)
     if status.state is not JobState.EXITED:
@@ -360,16 +360,19 @@ def _lost(site: Site, request: Request, detail: str, now: datetime) -> Request:
     )
 
 
-def cleaned(site: Site, request: Request, now: datetime) -> Request:
+def cleaned(site: Site, request: Request, now: datetime, *, tries: int = 0) -> Request:
     """Remove the job directory of a job that is dead; return the request without it.
 
-    What cannot be removed now (the node is silent or gone) keeps nobody waiting: it is tried again now and then.
+    What cannot be removed now (the node is silent or gone) keeps nobody waiting: it is tried again now and then. For
+    the first `tries` attempts of a step the TransientError is raised, for most troubles pass in a moment.
     """
     job = handle_of(request)
     try:
         site.nodes.clean(job)
         seen = "removed"
     except (TransientError, FatalError) as trouble:
+        if isinstance(trouble, TransientError) and request.attempts < tries:
+            raise
         seen = f"left behind for now: {trouble}"
         site.ledger.leave_behind(LeftBehind(job.node, job.work, job.nonce, now))
     return site.ledger.commit(request, now=now, step=Step("clean", f"{job.work} on {job.node}", seen), work="")

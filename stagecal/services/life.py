@@ -86,10 +86,11 @@ def _step(site: Site, request: Request, now: datetime) -> Request | None:
     except StaleRequestError:
         return None
     except TransientError as trouble:
-        _rest(site, request, str(trouble), now)
+        # A step may have taken hours: the rest begins now.
+        _rest(site, request, str(trouble), site.clock.now())
         return None
     except FatalError as error:
-        return _give_up(site, request, str(error), now)
+        return _give_up(site, request, str(error), site.clock.now())
     except Exception as error:  # a programming error must not kill the daemon, nor pass in silence
         log.exception("request %s: step %s", request.id, request.state)
         return _give_up(site, request, f"unexpected {type(error).__name__}: {error}", now)
@@ -226,7 +227,7 @@ def step_withdrawing(site: Site, request: Request, now: datetime) -> Request:
         )
     is_restored = request.origin is Origin.RESTORE and status_now(site, request, now).state is JobState.EXITED
     if request.work and not is_restored:
-        request = cleaned(site, request, now)
+        request = cleaned(site, request, now, tries=3)
     withdraw_data(site, request, now)
     return _close(site, request, now, Outcome.WITHDRAWN)
 

@@ -138,6 +138,7 @@ def failed_mail(site: Site, request: Request, now: datetime) -> NewMail:
         "terminal": "\n".join(line for _, line in site.ledger.terminal(request.id)),
         "output": _job_output(site, request),
         "node": request.node,
+        "restore": request.origin is Origin.RESTORE,
     }
     try:
         body = site.templates.render("mails/failed.txt", **values)

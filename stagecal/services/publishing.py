@@ -7,17 +7,20 @@ every file but itself. No e-mail address, no name of a person, no path of a mach
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 from stagecal import __version__
 from stagecal.domain.identifiers import sanitized
+from stagecal.domain.products import measurement_set_name
 from stagecal.domain.records import ProductFile
 from stagecal.domain.requests import Request
 from stagecal.domain.retention import Staging
 from stagecal.domain.terminal import published as published_terminal
-from stagecal.ports import FatalError, StagedFile
+from stagecal.ports import FatalError, StagedFile, TransientError
 from stagecal.services.context import Site
 
 PAPERS = ("README.txt", "index.html", "fetch.sh", "receipt.json", "SHA256SUMS")
@@ -97,18 +100,9 @@ def _receipt(
     until: datetime,
 ) -> bytes:
     content = {
-        "schema": 1,
-        "service": f"stagecal {__version__}",
-        "request": request.id,
-        "mous": request.mous,
-        "project": request.project,
+        **_said_of(request, absent, made_by),
         "helpdesk_ticket": request.ticket,
-        "calfields": sorted(request.calfields),
-        "execution_blocks": list(request.execution_blocks),
-        "execution_blocks_without_calfields": sorted(absent),
-        "calibration": request.calibration,
         "recipe": request.recipe,
-        "made_by": dict(made_by),
         "files": [
             {
                 "name": file.name,
@@ -121,6 +115,57 @@ def _receipt(
         "published": now.astimezone(UTC).isoformat(timespec="seconds"),
         "available_at_least_until": until.astimezone(UTC).isoformat(timespec="seconds"),
     }
+    return _as_json(content)
+
+
+def restore_receipt(
+    request: Request, sizes: Mapping[str, int], absent: Sequence[str], made_by: Mapping[str, Any], now: datetime
+) -> bytes:
+    """Return the receipt of a restore, whose measurement sets stay where the job left them.
+
+    `sizes` are the bytes of the measurement set of each EB that has one.
+    """
+    content = {
+        **_said_of(request, absent, made_by),
+        "files": [
+            {"name": measurement_set_name(block), "execution_block": block, "size": size}
+            for block, size in sorted(sizes.items())
+        ],
+        "restored": now.astimezone(UTC).isoformat(timespec="seconds"),
+    }
+    return _as_json(content)
+
+
+def write_receipt(directory: Path, content: bytes) -> None:
+    """Let receipt.json appear in a job directory, complete; one that is there is replaced. Raises TransientError."""
+    part = directory / ".receipt.json.part"
+    try:
+        part.unlink(missing_ok=True)
+        with part.open("xb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        part.replace(directory / "receipt.json")
+    except OSError as error:
+        raise TransientError(f"{directory}/receipt.json cannot be written: {error.strerror}") from error
+
+
+def _said_of(request: Request, absent: Sequence[str], made_by: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "schema": 1,
+        "service": f"stagecal {__version__}",
+        "request": request.id,
+        "mous": request.mous,
+        "project": request.project,
+        "calfields": sorted(request.calfields),
+        "execution_blocks": list(request.execution_blocks),
+        "execution_blocks_without_calfields": sorted(absent),
+        "calibration": request.calibration,
+        "made_by": dict(made_by),
+    }
+
+
+def _as_json(content: Mapping[str, Any]) -> bytes:
     return json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n"
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from stagecal.domain.casa_versions import CasaChoice, casa_faults, casa_for, casa_for_version, release_key
+from stagecal.domain.casa_versions import CasaChoice, casa_faults, casa_for, casa_for_version, is_older, release_key
 from stagecal.domain.requests import Request
 from stagecal.domain.restore.chosen import ChosenRestore
-from stagecal.domain.restore.engines import AUTO, COMMAND, PIPELINE, SCRIPT, EngineChoice, choose_engine
+from stagecal.domain.restore.engines import AUTO, CASATASKS, COMMAND, PIPELINE, SCRIPT, EngineChoice, choose_engine
 from stagecal.domain.restore.errors import RestoreError
 from stagecal.domain.restore.facts import ArchivedFile, RestoreFacts
 from stagecal.domain.restore.manifest import read_manifest
@@ -126,10 +126,8 @@ def _with_engine(
 ) -> ChosenRestore | None:
     configured = [CasaChoice(one.version, str(one.home), one.label) for one in site.config.restore.casa]
     casa = casa_of(request, plan, configured)
-    if request.casa_home:
-        available = {PIPELINE, SCRIPT}
-    else:
-        available = set(site.engines.available()) - (set() if casa else {PIPELINE, SCRIPT})
+    here = {} if request.casa_home else site.engines.available()
+    available = {PIPELINE, SCRIPT} if request.casa_home else set(here) - (set() if casa else {PIPELINE, SCRIPT})
     unfit = "" if casa else _unfit(plan, configured)
     try:
         choice = choose_engine(
@@ -139,6 +137,7 @@ def _with_engine(
             available=available,
             casa_version=casa.version if casa else "",
             pipeline_version=casa.version.partition("pipeline-")[2] if casa else "",
+            casatasks_version=here.get(CASATASKS, ""),
         )
     except RestoreError as error:
         raise RestoreError(f"{error}{unfit}") from error
@@ -163,17 +162,13 @@ def casa_of(request: Request, plan: RestorePlan, configured: Sequence[CasaChoice
     name = Path(request.casa_home).name
     unknown = CasaChoice(name if release_key(name) else "", request.casa_home, "")
     casa = next((one for one in configured if one.home.rstrip("/") == request.casa_home), unknown)
-    if _is_older(casa, plan):
+    # What is wrong with a version that is known to be bad is told later, and better.
+    if is_older(casa.version, than=plan.casa_version) and not casa_faults(casa.version):
         raise RestoreError(
             f"the CASA in {casa.home} ({casa.version}) is older than CASA {plan.casa_version}, which calibrated "
             f"{plan.mous}: name the same or a newer one"
         )
     return casa
-
-
-def _is_older(casa: CasaChoice, plan: RestorePlan) -> bool:
-    known = release_key(casa.version) and release_key(plan.casa_version) and not casa_faults(casa.version)
-    return bool(known) and casa_for_version(plan.casa_version, [casa]) is None
 
 
 def _unfit(plan: RestorePlan, configured: Sequence[CasaChoice]) -> str:

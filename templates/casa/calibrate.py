@@ -29,6 +29,7 @@ import sys
 import tarfile
 import time
 import traceback
+from xml.etree import ElementTree
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 TARGET = "OBSERVE_TARGET"
@@ -64,6 +65,9 @@ ALWAYS_CALIBRATED = frozenset(intent for intents in INTENTS.values() for intent 
 # The first is what the pipeline takes; those that calibrate nothing are not among them.
 APPLY_MODES = ("calflagstrict", "calflag", "calonly")
 _UID = re.compile(r"uid://A00[0-9a-f]/X[0-9a-f]+/X[0-9a-f]+\Z")
+_ANY_UID = re.compile(r"uid://[A-Za-z0-9]+/X[0-9A-Fa-f]+/X[0-9A-Fa-f]+\Z")
+_BOUNDARY = re.compile(br"boundary *= *[\"']?([^\"'; \r\n]+)")
+_TABLE_END = re.compile(br"</[A-Za-z0-9_.:-]+>\s*\Z")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]*\Z")
 _RANGE = re.compile(r"([0-9]+)(?:~([0-9]+))?\Z")
 _INTERPOLATION = re.compile(r"[A-Za-z,]*\Z")
@@ -305,9 +309,107 @@ def require_fresh():
         raise JobError("%s is there already: what an earlier run left is never used, start a new job" % found[0])
 
 
+# --- is an ASDM complete? ---------------------------------------------------------------------------------------------
+
+
+def look_at_raw_data(block):
+    """Raise JobError unless the raw data are there; an ASDM has to be complete by its own index.
+
+    That is: every table that ASDM.xml names with rows, every binary data file that Main.xml refers to, none of them cut.
+    CASA imports what it finds of an incomplete one, and some of its programs say nothing.
+    """
+    kind, path = block.raw()
+    if kind == "asdm":
+        rows = {}
+        for table in elements(block, path + "/ASDM.xml", "Table"):
+            rows[child(table, "Name")] = child(table, "NumberRows")
+        for name, number in sorted(rows.items()):
+            if not re.match(r"[A-Za-z]+\Z", name) or not re.match(r"[0-9]{1,18}\Z", number):
+                raise JobError("%s: ASDM.xml names a table %r with %r rows" % (block.name, name, number))
+            if int(number):
+                look_at_table(block, path, name)
+        if not int(rows.get("Main", "0")):
+            raise JobError("%s: the ASDM has no data: ASDM.xml names no rows of Main" % block.name)
+        look_at_binaries(block, path, int(rows["Main"]))
+
+
+def look_at_table(block, path, name):
+    """Raise JobError unless a table of an ASDM has its files, XML or binary or both, and each has its end."""
+    found = [name + kind for kind in (".xml", ".bin") if os.path.isfile("%s/%s%s" % (path, name, kind))]
+    if not found:
+        raise JobError("%s: the ASDM is incomplete: there is neither %s.xml nor %s.bin" % (block.name, name, name))
+    if name + ".xml" in found:
+        begin, end = ends_of(path + "/" + name + ".xml")
+        if not _TABLE_END.search(end):
+            raise JobError("%s: the ASDM is incomplete: %s.xml is empty or cut" % (block.name, name))
+        if b"<BulkStoreRef" in begin and name + ".bin" not in found:
+            raise JobError("%s: the ASDM is incomplete: there is no %s.bin" % (block.name, name))
+    if name + ".bin" in found:
+        look_at_message(block, path + "/" + name + ".bin")
+
+
+def look_at_binaries(block, path, rows):
+    """Raise JobError unless all binary data files are there to which the rows of Main.xml refer."""
+    if not os.path.isfile(path + "/Main.xml"):
+        # The table is binary itself: which files it means is left to CASA.
+        return
+    references = [reference for reference in elements(block, path + "/Main.xml", "EntityRef", within="dataUID")]
+    uids = [reference.get("entityId") or "" for reference in references]
+    if len(uids) < rows and not os.path.isfile(path + "/Main.bin"):
+        raise JobError("%s: the ASDM is incomplete: Main.xml has %d rows, and ASDM.xml says %d" %
+                       (block.name, len(uids), rows))
+    for uid in sorted(set(uids)):
+        if not _ANY_UID.match(uid):
+            raise JobError("%s: Main.xml refers to data %r, which is no UID" % (block.name, uid))
+        name = "ASDMBinary/" + uid.replace(":", "_").replace("/", "_")
+        if not os.path.isfile(path + "/" + name):
+            raise JobError("%s: the ASDM is incomplete: there is no %s, which Main.xml refers to" % (block.name, name))
+        look_at_message(block, path + "/" + name)
+
+
+def look_at_message(block, path):
+    """Raise JobError unless a binary file of an ASDM, which is a MIME message, has its closing boundary."""
+    begin, end = ends_of(path)
+    boundary = _BOUNDARY.search(begin)
+    if not boundary or b"--" + boundary.group(1) + b"--" not in end:
+        raise JobError("%s: the ASDM is incomplete: %s has %d bytes and is cut: the mark of its end is missing" %
+                       (block.name, "/".join(path.split("/")[3:]), os.path.getsize(path)))
+
+
+def ends_of(path):
+    """Return the first 8192 and the last 512 bytes of a file."""
+    with io.open(path, "rb") as file:
+        begin = file.read(8192)
+        file.seek(max(0, os.path.getsize(path) - 512))
+        return begin, file.read()
+
+
+def elements(block, path, name, within=None):
+    """Yield the elements of a name in an XML file, whatever their namespace; with `within` those below such ones."""
+    try:
+        for _, element in ElementTree.iterparse(path, events=("end",)):
+            if local_name(element) == (within or name):
+                for one in element.iter() if within else [element]:
+                    if local_name(one) == name:
+                        yield one
+                element.clear()
+    except (ElementTree.ParseError, UnicodeDecodeError, LookupError) as error:
+        raise JobError("%s: the ASDM is incomplete: %s cannot be read: %s" %
+                       (block.name, os.path.basename(path), error))
+
+
+def local_name(element):
+    return element.tag.rsplit("}", 1)[-1]
+
+
+def child(element, name):
+    """Return the text of the child of this name, '' if it has none."""
+    return "".join(one.text or "" for one in element if local_name(one) == name).strip()
+
+
 def look_for_inputs(block):
     """Return the archived calls of applycal; raise JobError unless everything is there that the restore needs."""
-    block.raw()
+    look_at_raw_data(block)
     for name in (block.caltables, block.finalflags, block.applycmds):
         if not os.path.isfile(archived(name)):
             raise JobError("%s: products/%s is missing: without it nothing can be restored" % (block.name, name))
@@ -903,15 +1005,8 @@ def run():
             raise JobError("products/%s is missing: it belongs to what explains the calibration" % name)
     commands = [look_for_inputs(block) for block in blocks]
     casa = Casa()
-    report = {
-        "engine": "casatasks",
-        "casa_version": casa.tasks.version_string(),
-        "commands": [],
-        "execution_blocks": {},
-        "not_calibrators": [],
-        "started": started,
-    }
-    tell("CASA %s" % report["casa_version"])
+    report = new_report(job, casa, started)
+    tell("CASA %s" % report["restored_by"]["casa"])
     observations = []
     for number, block in enumerate(blocks, 1):
         tell("Importing %s (%d of %d) ..." % (block.name, number, len(blocks)))
@@ -939,6 +1034,20 @@ def run():
                 os.rename(block.product, os.path.join("..", "products", block.product))
     report["ended"] = now()
     write_report(report)
+
+
+def new_report(job, casa, started):
+    """Return the report of a job before its work."""
+    return {
+        "engine": str(job["engine"]),
+        "engine_reason": job.get("engine_reason") or "",
+        "calibrated_by": job.get("calibrated_by") or {},
+        "restored_by": {"casa": casa.tasks.version_string()},
+        "commands": [],
+        "execution_blocks": {},
+        "not_calibrators": [],
+        "started": started,
+    }
 
 
 def make_products(casa, blocks, observations, commands, calfields, entries):
@@ -982,6 +1091,15 @@ def restore(casa, block, observation, archived_calls, rows):
 def check_locks():
     """For run.sh: look, before hours of fetching, whether CASA could be started at all; return the exit code."""
     return outcome(lambda: require_locks(os.path.join(HERE, "working")))
+
+
+def check_raw_data():
+    """For run.sh: look, before CASA is started, whether all raw data are complete; return the exit code."""
+    def look():
+        os.chdir(os.path.join(HERE, "working"))
+        for block in read_job(job_file())[0]:
+            look_at_raw_data(block)
+    return outcome(look)
 
 
 def main():

@@ -167,14 +167,9 @@ def run():
     os.mkdir("finish")
     casa = calibrate.Casa(casa_modules)
     observations = [calibrate.Observation(casa.tools, block, raw=False) for block in blocks]
-    report = {
-        "engine": str(job["engine"]),
-        "casa_version": casa.tasks.version_string(),
-        "commands": [],
-        "execution_blocks": {},
-        "not_calibrators": calibrate.not_calibrators(calfields, blocks, observations) if calfields else [],
-        "started": started,
-    }
+    report = calibrate.new_report(job, casa, started)
+    if calfields:
+        report["not_calibrators"] = calibrate.not_calibrators(calfields, blocks, observations)
     if not report["not_calibrators"]:
         for block, observation in zip(blocks, observations):
             report["execution_blocks"][block.uid] = finished(casa, block, observation, calfields)

@@ -115,6 +115,7 @@ reserve $((total * {{ disk_factor }}))
 {% set asdm = "rawdata/" ~ execution_block | replace(":", "_") | replace("/", "_") ~ "/ASDM.xml" %}
 [ -f {{ asdm | shell_quote }} ] || fail {{ ("there is no " ~ asdm ~ ": raw_fetch left no ASDM of " ~ execution_block) | shell_quote }}
 {% endfor %}
+"$python" -B -c 'import sys, calibrate; sys.exit(calibrate.check_raw_data())' </dev/null
 set -- products/*pipeline_manifest.xml
 [ $# -eq 1 ] || fail "products/ has $# manifests, and the pipeline would take the first one: $*"
 for archive in products/*.tgz; do

@@ -18,7 +18,9 @@ The plan is one JSON object; what is left out counts as null, every directory is
                     for sizes and checksums then
     files           [{file_id, name, into, size, checksum}]: name is what the file gets in the directory `into`; size
                     (bytes) and checksum (crc32 as a decimal number, signed or not) may be null
-    expand          [{archive, into, most_members, most_bytes}]: .tgz files, expanded after the fetching
+    expand          [{archive, into, most_members, most_bytes, allowed}]: .tgz files, expanded after the fetching;
+                    allowed are shell patterns of names at their top: what has none of these is told and left in
+                    the archive (null: everything is expanded)
     copies          [{from, to}]: files, copied after the expanding
     one_manifest_in a directory that has to hold exactly one *pipeline_manifest.xml in the end
     need_bytes      nothing is fetched where less is free (what is already there of the plan's files counts as free)
@@ -31,6 +33,7 @@ The text keeps to what Python 2.7 and 3 have in common, because nodes of old CAS
 from __future__ import print_function
 
 import errno
+import fnmatch
 import gzip
 import io
 import json
@@ -231,11 +234,14 @@ class Plan(object):
         self.expansions = []
         for index, entry in enumerate(listed(value["expand"], "expand")):
             where = "expand[%d]" % index
-            entry = fields(entry, where, ("archive", "into", "most_members", "most_bytes"), ())
+            entry = fields(entry, where, ("archive", "into", "most_members", "most_bytes"), ("allowed",))
+            allowed = entry["allowed"]
+            if allowed is not None and not all(isinstance(one, TEXT) for one in listed(allowed, where + ".allowed")):
+                raise bad(where + ".allowed", allowed, "a list of shell patterns")
             self.expansions.append((
                 path_below(entry["archive"], where + ".archive"), directory_below(entry["into"], where + ".into"),
                 number(entry["most_members"], where + ".most_members"),
-                number(entry["most_bytes"], where + ".most_bytes")))
+                number(entry["most_bytes"], where + ".most_bytes"), allowed))
         self.copies = []
         for index, entry in enumerate(listed(value["copies"], "copies")):
             where = "copies[%d]" % index
@@ -790,9 +796,10 @@ class BoundedGzip(gzip.GzipFile):
         return gzip.GzipFile.read(self, size)
 
 
-def expand(archive, into, most_members, most_bytes):
+def expand(archive, into, most_members, most_bytes, allowed=None):
     """Expand a .tgz: plain files and directories with plain names, whole or not at all, and never over what is there.
 
+    What is not among the allowed names stays in the archive; it is told, and looked at as strictly as the rest.
     What an earlier run has expanded is compared and kept.
     """
     if not stat.S_ISREG(os.lstat(archive).st_mode):
@@ -804,7 +811,7 @@ def expand(archive, into, most_members, most_bytes):
     try:
         try:
             read_to_its_end(archive, most_members, most_bytes)
-            files = expand_into(archive, directory, most_members, most_bytes)
+            files, others = expand_into(archive, directory, most_members, most_bytes, allowed)
         except (PersonNeeded, Surroundings):
             raise
         except Exception as error:
@@ -825,6 +832,8 @@ def expand(archive, into, most_members, most_bytes):
     finally:
         shutil.rmtree(directory, ignore_errors=True)
     tell("%s: expanded into %s, %d files" % (archive, into, files))
+    if others:
+        tell("%s: of a kind that is not expanded, left in it: %s" % (archive, ", ".join(others)))
 
 
 def read_to_its_end(archive, most_members, most_bytes):
@@ -840,9 +849,9 @@ def read_to_its_end(archive, most_members, most_bytes):
                 raise PersonNeeded("%s holds more than %d bytes" % (archive, most_bytes))
 
 
-def expand_into(archive, directory, most_members, most_bytes):
-    """Expand into an empty directory, and return the number of files."""
-    members, total, files, listed_paths, parents = 0, 0, set(), set(), set()
+def expand_into(archive, directory, most_members, most_bytes, allowed):
+    """Expand into an empty directory; return the number of files, and the names at the top that were not allowed."""
+    members, total, files, listed_paths, parents, others = 0, 0, set(), set(), set(), set()
     with BoundedGzip(archive, "rb") as stream:
         with tarfile.open(fileobj=stream, mode="r:") as tar:
             for member in tar:
@@ -859,10 +868,13 @@ def expand_into(archive, directory, most_members, most_bytes):
                     raise PersonNeeded("%s: the member %s is there twice" % (archive, path))
                 listed_paths.add(path)
                 parents |= above
-                if member.isdir():
+                if not member.isdir():
+                    files.add(path)
+                if parts and allowed is not None and not any(fnmatch.fnmatchcase(parts[0], one) for one in allowed):
+                    others.add(parts[0])
+                elif member.isdir():
                     make_directory(os.path.join(directory, path))
                 else:
-                    files.add(path)
                     make_directory(os.path.join(directory, *parts[:-1]))
                     write_member(tar.extractfile(member), os.path.join(directory, path), member.size)
             if set(tar.pax_headers) - set(["comment"]):
@@ -879,7 +891,7 @@ def expand_into(archive, directory, most_members, most_bytes):
                 raise PersonNeeded("%s ends without the mark of its end" % archive)
     for path, _, _ in os.walk(directory):
         sync_directory(path)
-    return len(files)
+    return len([path for path in files if path.split("/")[0] not in others]), sorted(others)
 
 
 def refuse_member(archive, member, parts):
@@ -984,8 +996,8 @@ def run(plan):
         make_directory(file.into)
     kept = survey(plan, limits)
     records = [kept[file.path] if file.path in kept else fetch(plan, file, limits) for file in plan.files]
-    for archive, into, most_members, most_bytes in plan.expansions:
-        expand(archive, into, most_members, most_bytes)
+    for expansion in plan.expansions:
+        expand(*expansion)
     for source, target in plan.copies:
         copy(source, target)
     if plan.one_manifest_in is not None:

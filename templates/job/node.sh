@@ -3,7 +3,8 @@
 #
 #     sh node.sh VERB WORK_AREA [WORK NONCE TOKEN [ARGUMENT ...]]
 #
-#     loads                      answer each line of standard input with "LOAD CORES", until there is none
+#     loads                      answer each line of standard input with "LOAD CORES SECONDS" (since 1970)
+#     clock                      tell the seconds since 1970
 #     prepare SIZE SHA256        make the job directory from a tar file on standard input
 #     launch LEASE NAMES COMMAND start COMMAND in it with nothing but these variables of the environment, and the nonce
 #     look                       tell what its files and the processes of the node show
@@ -17,15 +18,19 @@
 #     list                       list the results
 #     digest                     write the SHA-256 of the files whose names (each with a NUL) are on standard input
 #     send                       write these files as a tar file
-#     check [CASA_HOME ...]      try what jobs need of the node (TOKEN only; WORK and NONCE are -)
+#     check KIB PYTHON [CASA_HOME ...]
+#                                try what jobs need of the node: this free space, a Python with casatasks (or -)
+#
+# WORK and NONCE are - for loads, clock and check, which belong to no job.
 #
 # TOKEN makes names unique. It ends with 70 if a person has to look, 75 if waiting may help, 74 if the words of the
 # system on standard error tell which of them. Nothing outside WORK_AREA/WORK is touched but hidden names that begin
 # with .WORK.NONCE, nothing is reached through a link below the work area, and no process is signalled that is not
 # proven to be the job's.
 #
-# Only what a twenty years old userland has: sh, cat, chmod, dd, env, find, grep, mkdir, mv, rm, tail, tar, wc, xargs,
-# what wrapper.sh needs, and /proc. sha256sum and rsync are used if they are there, for results sha256sum has to be.
+# Only what a twenty years old userland has: sh, cat, chmod, date, dd, env, find, grep, mkdir, mv, rm, tail, tar, wc,
+# xargs, what wrapper.sh needs, and /proc. sha256sum and rsync are used if they are there; for results sha256sum has to
+# be there.
 
 verb=$1
 area=$2
@@ -267,13 +272,23 @@ kill_carriers() {
 loads() {
     cores=$(grep -c '^processor' /proc/cpuinfo)
     [ "${cores:-0}" -gt 0 ] || cores=$(nproc)
+    seconds=
     while read -r question; do
         if [ ! -d "$area" ]; then
             echo "the work area $area is not there: is it mounted?"
-        elif read -r load rest < /proc/loadavg; then
-            echo "$load ${cores:-1}"
+        elif ! read -r load rest < /proc/loadavg || ! read -r uptime rest < /proc/uptime; then
+            echo "/proc cannot be read"
         else
-            echo "/proc/loadavg cannot be read"
+            uptime=${uptime%%.*}
+            # A process for each answer would cost more than the answer: in between the time goes on as the uptime does.
+            if [ -z "$seconds" ] || [ $((uptime - asked)) -ge 30 ]; then
+                asked=$uptime
+                seconds=$(date +%s)
+            fi
+            case $seconds in
+                '' | *[!0-9]*) seconds=; echo "it cannot tell its time: date cannot be run" ;;
+                *) echo "$load ${cores:-1} $((seconds + uptime - asked))" ;;
+            esac
         fi
     done
 }
@@ -285,7 +300,7 @@ list() {
     set -- $(rsync --version 2>/dev/null)
     tell rsync "$3"
     set --
-    for name in products auxiliary report.json; do
+    for name in products auxiliary job.json report.json; do
         ! is_there "$name" || set -- "$@" "$name"
     done
     [ "$#" -eq 0 ] || find "$@" \
@@ -341,7 +356,21 @@ os._exit(os.waitpid(pid, 0)[1] // 256)
     esac
 }
 
-check() { # [CASA_HOME ...]
+try_worker() { # PYTHON
+    program='import importlib.util as u, sys; sys.exit(0 if u.find_spec("casatasks") else "it has no casatasks")'
+    if [ ! -f "$1" ] || [ ! -x "$1" ]; then
+        finding worker no "there is no program $1: see [restore] casa_worker"
+    elif words=$("$1" -E -s -c "$program" 2>&1 </dev/null); then
+        finding worker yes "$1 has casatasks"
+    else
+        finding worker no "$1: $(printf '%s' "$words" | tail -n 1)"
+    fi
+}
+
+check() { # KIB PYTHON [CASA_HOME ...]
+    reserve=$1
+    worker=$2
+    shift 2
     finding shell yes "a POSIX shell answers"
     missing=
     for tool in cat chmod date dd env find grep mkdir mv rm setsid sha256sum sleep tail tar wc xargs; do
@@ -359,9 +388,15 @@ check() { # [CASA_HOME ...]
         finding area no "cannot write to the work area $area"
     else
         free=$(df -P -k . | { read -r head; read -r device blocks used free rest; echo "$free"; })
-        finding area yes "$area, free: $((${free:-0} / 1048576)) GiB"
+        words="$area, free: $((${free:-0} / 1048576)) GiB"
+        if [ "${free:-0}" -ge "$reserve" ]; then
+            finding area yes "$words"
+        else
+            finding area no "$words, less than reserve_gb ($((reserve / 1048576)) GiB): delete or enlarge"
+        fi
         try_flock
     fi
+    [ "$worker" = - ] || try_worker "$worker"
     for home; do
         if [ -x "$home/bin/casa" ]; then
             finding casa yes "$home"
@@ -418,6 +453,7 @@ case $verb in
         enter || fatal "$area/$work is gone: there are no results"
         tar -cf - --no-recursion --null -T - || broken "cannot read the results in $area/$work"
         ;;
+    clock) date +%s ;;
     check) check "$@" ;;
     *) fatal "node.sh: there is no verb $verb" ;;
 esac

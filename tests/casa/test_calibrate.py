@@ -215,7 +215,7 @@ def test_a_restored_measurement_set_is_healthy(full_job: Path) -> None:
 def test_a_full_request_leaves_the_report_and_what_explains_its_calibration(full_job: Path) -> None:
     report = report_of(full_job)
     assert report["engine"] == "casatasks"
-    assert re.fullmatch(r"\d+(\.\d+)+", report["casa_version"])
+    assert re.fullmatch(r"\d+(\.\d+)+", report["restored_by"]["casa"])
     assert report["not_calibrators"] == []
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", report["started"])
     assert report["started"] <= report["ended"]
@@ -326,6 +326,66 @@ def test_a_missing_product_fails_the_job_before_casa_starts(
     assert "Importing" not in done.stdout
 
 
+INCOMPLETE = {
+    "a BDF is missing": ("rm ASDMBinary/*_X18", "there is no ASDMBinary/uid___A002_Xcf92df_X18, which Main.xml"),
+    "a BDF is empty": (": > ASDMBinary/uid___A002_Xcf92df_X18", "X18 has 0 bytes and is cut"),
+    "a BDF is cut": ("truncate -s -1000 ASDMBinary/uid___A002_Xcf92df_X18", "X18 has 350710 bytes and is cut"),
+    "a BDF lost its last bytes": ("truncate -s -4 ASDMBinary/*_X18", "the mark of its end is missing"),
+    "all BDFs are missing": ("rm -r ASDMBinary", "there is no ASDMBinary/uid___A002_Xcf92df_X15, which Main.xml"),
+    "Main is cut": ("truncate -s -100 Main.xml", "Main.xml is empty or cut"),
+    "Main is cut between its rows": (
+        "head -n 20 Main.xml >m; echo '</MainTable>' >>m; mv m Main.xml", "rows, and ASDM.xml says 22"
+    ),
+    "Main is damaged": ("sed -i s/dataUID/dataUIE/ Main.xml", "Main.xml cannot be read: mismatched tag"),
+    "Main refers to a path": ("sed -i s,uid://A002/Xcf92df/X18,../../Main.xml, Main.xml", "which is no UID"),
+    "a table is missing": ("rm Antenna.xml", "there is neither Antenna.xml nor Antenna.bin"),
+    "a table is empty": (": > SpectralWindow.xml", "SpectralWindow.xml is empty or cut"),
+    "a table is cut": ("truncate -s -200 Field.xml", "Field.xml is empty or cut"),
+    "a binary table is missing": ("rm SysCal.bin", "there is no SysCal.bin"),
+    "a binary table is cut": ("truncate -s -1000 SysCal.bin", "SysCal.bin has"),
+    "the index is cut": ("truncate -s -1000 ASDM.xml", "ASDM.xml cannot be read"),
+    "the index is empty": (": > ASDM.xml", "ASDM.xml cannot be read"),
+    "the index names no data": ("sed -i 's/<NumberRows> 22 /<NumberRows> 0 /g' ASDM.xml", "names no rows of Main"),
+}  # fmt: skip
+CHECK_RAW_DATA = "import sys, calibrate; sys.exit(calibrate.check_raw_data())"
+
+
+def looked_at(job: Path) -> subprocess.CompletedProcess[str]:
+    """Look at the raw data of a job as its run.sh does, with a Python that has no CASA."""
+    words = [sys.executable, "-B", "-c", CHECK_RAW_DATA]
+    return subprocess.run(words, cwd=job, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.fixture(scope="module")
+def raw_job(casa_python: Path, store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A job directory with the raw data of one EB, before anything is done."""
+    job = tmp_path_factory.mktemp("raw") / "WORK1"
+    make_job(job, casa_python, store, blocks=[FIRST])
+    (job / "working").mkdir()
+    return job
+
+
+@pytest.mark.parametrize("case", INCOMPLETE)
+def test_an_incomplete_asdm_is_told_by_what_it_lacks(raw_job: Path, store: Path, case: str) -> None:
+    raw = raw_job / "rawdata" / sanitized(FIRST)
+    shutil.rmtree(raw, ignore_errors=True)
+    shutil.copytree(store / "raw" / sanitized(FIRST), raw)
+    assert looked_at(raw_job).returncode == 0
+    spoil, message = INCOMPLETE[case]
+    subprocess.run(["sh", "-c", spoil], cwd=raw, timeout=30, check=True)
+    done = looked_at(raw_job)
+    assert done.returncode == 1
+    assert f"calibrate.py: failed: {sanitized(FIRST)}: " in done.stderr and message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_casa_does_not_start_with_an_incomplete_asdm(run_job: Run, store: Path, tmp_path: Path) -> None:
+    fetch = fetch_from(store, tmp_path, 'rm "$eb/ASDMBinary/uid___A002_Xd33a12_X18" || :')
+    done = run_job(tmp_path / "WORK1", fetch=fetch, blocks=[FIRST, SECOND])
+    failed(done, tmp_path / "WORK1", "there is no ASDMBinary/uid___A002_Xd33a12_X18, which Main.xml refers to")
+    assert "CASA 6" not in done.stdout and "Importing" not in done.stdout
+
+
 def test_a_failure_of_the_last_eb_leaves_no_product_of_the_first(run_job: Run, store: Path, tmp_path: Path) -> None:
     then = f'case $1 in {SECOND}) sed -i s/gcal.tbl/other.tbl/g "$products/$eb.ms.calapply.txt" ;; esac'
     done = run_job(tmp_path / "WORK1", fetch=fetch_from(store, tmp_path, then), blocks=[FIRST, SECOND])
@@ -345,10 +405,12 @@ def test_flags_without_the_final_version_fail_the_job(run_job: Run, store: Path,
 def test_raw_data_that_are_not_those_of_the_first_calibration_fail_the_job(
     run_job: Run, store: Path, tmp_path: Path
 ) -> None:
-    # One scan of the ASDM is lost, as in a damaged copy.
+    # One row of the ASDM is lost, and its index does not know it either.
     lose = (
         "import re, sys; path = sys.argv[1] + '/Main.xml'; text = open(path).read(); "
-        "open(path, 'w').write(re.sub('<row>(?:(?!</row>).)*</row>', '', text, count=1, flags=re.S))"
+        "open(path, 'w').write(re.sub('<row>(?:(?!</row>).)*</row>', '', text, count=1, flags=re.S)); "
+        "path = sys.argv[1] + '/ASDM.xml'; text = open(path).read(); "
+        "open(path, 'w').write(re.sub('(<Name> Main </Name> <NumberRows>) 22 ', r'\\1 21 ', text))"
     )
     fetch = fetch_from(store, tmp_path, f'{shlex.quote(sys.executable)} -c {shlex.quote(lose)} "$eb"')
     done = run_job(tmp_path / "WORK1", fetch=fetch, blocks=[FIRST])

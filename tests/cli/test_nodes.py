@@ -1,11 +1,15 @@
-"""`stagecal nodes` and `stagecal doctor` on three real nodes: a modern one, one of the RHEL5 age, and a dead one."""
+"""`stagecal nodes` and `stagecal doctor` on a modern node, one of the RHEL5 age, a dead one, and on Slurm, all real."""
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -13,8 +17,13 @@ from stagecal.domain.requests import State
 from tests.cli.conftest import Commands, at_present
 from tests.clusters import cluster_site, end_everyone, node_table, running
 from tests.services.effects import run_until
-from tests.sites import SiteForTests
+from tests.sites import SiteForTests, make_test_site
 from tests.ssh_nodes import SshServer
+
+if TYPE_CHECKING:
+    from tests.slurm_cluster import SlurmCluster
+
+pytest_plugins = ["tests.slurm_cluster"]
 
 
 @dataclass
@@ -66,7 +75,7 @@ def test_nodes_tells_of_each_node_how_it_is_and_whether_it_would_be_chosen(clust
     assert "rhel5,legacy" in shown["old"]
     assert sum("chosen: load per core" in line for line in shown.values()) == 1
     assert shown["dead"].split()[1:3] == ["NO", "-"]
-    assert "does not answer: dead: cannot reach 127.0.4.3" in shown["dead"]
+    assert "gets no job: dead: cannot reach 127.0.4.3" in shown["dead"]
     assert ended.out.splitlines()[-1] == "0 of 2 job slots are taken"
 
 
@@ -112,7 +121,7 @@ def test_doctor_lists_what_is_wrong_node_by_node(cluster: Cluster) -> None:
     assert [line.split()[1] for line in faults] == ["nodes", "dead"], ended.out
     assert all("cannot reach 127.0.4.3" in line for line in faults)
     for node in ("modern", "old"):
-        for what in ("connection", "shell", "tools", "area", "flock"):
+        for what in ("connection", "clock", "shell", "tools", "area", "flock"):
             assert any(line.split()[:3] == ["ok", node, what] for line in lines), (node, what)
         assert any(line.startswith("ok") and f"locks on {node}" in line and "both ways" in line for line in lines)
     assert lines[-1] == "2 faults found"
@@ -142,3 +151,53 @@ def test_doctor_names_the_node_with_another_host_key_and_the_one_without_tools(
     (tools,) = [line for line in faults if line.split()[1:3] == ["modern", "tools"]]
     assert "missing:" in tools and "setsid" in tools and "tar" in tools
     assert not any(line.split()[1] == "old" for line in faults)
+
+
+def test_a_node_whose_clock_is_off_is_not_chosen_and_both_commands_say_by_how_much(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    shims = tmp_path / "shims"
+    shims.mkdir()
+    (shims / "date").write_text(f"#!/bin/sh\necho $(($({shutil.which('date')} +%s) + 3600))\n")
+    (shims / "date").chmod(0o755)
+    cluster.modern.stop()
+    cluster.modern.environment = f"PATH={shims}:{os.defpath}"
+    cluster.modern.start()
+    shown = rows(cluster.commands.run("stagecal", "nodes").out)
+    assert "s off: ahead of ours" in shown["modern"] and "chosen: load per core" in shown["old"]
+    lines = cluster.commands.run("stagecal", "doctor").out.splitlines()
+    (clock,) = [line for line in lines if line.startswith("FAULT modern clock")]
+    assert re.search(r"its clock is 3[56]\d\d s off: ahead of ours", clock)
+
+
+def test_doctor_looks_at_slurm_and_at_each_kind_of_node(slurm_cluster: SlurmCluster, tmp_path: Path) -> None:
+    made = at_present(make_test_site(tmp_path))
+    made.site.ledger.close()
+    section = """[cluster]
+runner = "slurm"
+work_area = "work"
+poll_interval_s = 0.1
+
+[[cluster.nodes]]
+name = "modern"
+labels = ["rhel8"]
+
+[[cluster.nodes]]
+name = "typo"
+labels = ["rhel88"]
+
+"""
+    text, replaced = re.subn(r"(?ms)^\[cluster\]\n.*?(?=^\[)", lambda _: section, made.config.path.read_text())
+    assert replaced == 1
+    made.config.path.write_text(text)
+    commands = Commands(made)
+    settings = {name: slurm_cluster.environment[name] for name in ("PATH", "SLURM_CONF")}
+    ended = commands.run("stagecal", "doctor", **settings)
+    lines = ended.out.splitlines()
+    for what in ("programs", "slurmctld", "records", "modern"):
+        assert any(line.split()[:3] == ["ok", "slurm", what] for line in lines), (what, ended.out)
+    assert any("locks on modern" in line and line.startswith("ok") for line in lines)
+    faults = [line for line in lines if line.startswith("FAULT")]
+    assert len(faults) == 2 and all("rhel88" in line for line in faults), ended.out
+    ended = commands.run("stagecal", "doctor", PATH=str(tmp_path))
+    assert any(line.startswith("FAULT slurm programs") and "missing: sbatch" in line for line in ended.out.splitlines())

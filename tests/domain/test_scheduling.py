@@ -53,7 +53,7 @@ def test_each_node_gets_its_reason_in_the_given_order() -> None:
     opinions = explain_choice(loads, Wanted("casa", 0.9, frozenset({"tried"})))
     assert [(opinion.name, opinion.chosen, opinion.reason) for opinion in opinions] == [
         ("z", False, "fit, but y comes first (load per core 0.30)"),
-        ("silent", False, "does not answer: connection refused"),
+        ("silent", False, "gets no job: connection refused"),
         ("busy", False, "is busy: load per core 3.00 is above 0.90"),
         ("other", False, "has no label casa"),
         ("tried", False, "must not be used again for this request"),

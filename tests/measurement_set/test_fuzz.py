@@ -56,3 +56,18 @@ def test_every_damage_of_a_byte_gives_a_report(fuzzing: ModuleType, unpacked: Pa
         unhealthy += not report.healthy
     assert 120 < unhealthy < 250
     assert check_measurement_set(fuzzing.Memory(contents, "X.ms")).healthy
+
+
+def test_a_vector_of_three_units_has_three_elements(fuzzing: ModuleType, unpacked: Path) -> None:
+    """The one byte that was missed when every one was inverted: in the fixed shape of UVW."""
+    contents = {
+        f"X.ms/{file.relative_to(unpacked)}": file.read_bytes() for file in unpacked.rglob("*") if file.is_file()
+    }
+    kept = contents["X.ms/table.dat"]
+    shape = b"IPosition" + (1).to_bytes(4, "big") + (1).to_bytes(4, "big")
+    # The last one is what counts: in the column set.
+    last = kept.rindex(shape + (3).to_bytes(4, "big")) + len(shape) + 3
+    contents["X.ms/table.dat"] = kept[:last] + bytes([4]) + kept[last + 1 :]
+    report = check_measurement_set(fuzzing.Memory(contents, "X.ms"))
+    assert not report.healthy
+    assert any("UVW has the shape [4]" in problem for problem in report.problems)

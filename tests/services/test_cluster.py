@@ -650,7 +650,7 @@ def test_products_of_a_node_that_shares_nothing_are_brought_here_and_status_tell
     def status() -> str:
         return subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout
 
-    wait_for(lambda: re.search(r"0\.0 GB of 0\.0 GB received from far", status()), "progress in status")
+    wait_for(lambda: re.search(r"[0-9.]+ \w+ of [0-9.]+ \w+ received from far", status()), "progress in status")
     told.join(60)
     assert site.only().outcome is Outcome.DELIVERED, site.only()
     (published,) = site.published()

@@ -372,6 +372,22 @@ def test_an_engine_that_is_asked_for_and_would_leave_something_out_stops(made: S
         choice(site, engine="casatasks")
 
 
+@pytest.mark.parametrize("engine", ["casatasks", "auto"])
+def test_casatasks_older_than_the_calibration_are_not_used(made: Sites, engine: str) -> None:
+    site = made(engine)
+    path = product(site, MANIFEST)
+    text = path.read_text(encoding="utf-8")
+    assert '<casaversion name="5.1.1-5"/>' in text
+    path.write_text(text.replace("5.1.1-5", "6.7.0-32"), encoding="utf-8")
+    stopped(site, "casatasks 6.7.0.31 are older than CASA 6.7.0-32, which calibrated it")
+
+
+def test_casatasks_that_do_not_say_their_version_are_not_held_to_it(made: Sites, tmp_path: Path) -> None:
+    site = made()
+    (tmp_path / "worker").write_text("#!/bin/sh\nexit 1\n", encoding="utf-8")
+    assert site.site.engines.available() == {"casatasks": ""}
+
+
 # --- a CASA that is asked for -------------------------------------------------------------------------------------
 
 
@@ -487,6 +503,54 @@ def test_a_job_that_ended_well_and_left_something_out_has_failed(
     request = site.only()
     assert request.state is State.HELD and reason in request.reason and not request.holds_slot
     assert len(site.job_directories()) == 1, "everything stays where it is for who looks"
+
+
+def test_only_the_sites_own_command_may_leave_no_report(made: Sites) -> None:
+    site = made()
+    # The worker of these tests says its version and ends well, whatever it is told to do.
+    (site.directory / "store" / "fetch_raw.sh").write_text("#!/bin/sh\n", encoding="utf-8")
+    restore(site)
+    settle(site)
+    request = site.only()
+    assert request.state is State.HELD and "the engine casatasks left no report.json" in request.reason
+
+
+REPORT = {
+    "engine": "casatasks",
+    "engine_reason": "not pipeline: it is not configured here (calibrated by CASA 5.1.1-5)",
+    "calibrated_by": {"casa": "5.1.1-5", "pipeline": "40896"},
+    "restored_by": {"casa": "6.7.0.31", "home": "/opt/casa"},
+    "commands": ["applycal(vis='uid___A002_Xcf92df_X3453.ms')", "mstransform(vis='/home/me/a.ms')"],
+    "execution_blocks": {PASSED: {"session": "session_2", "ms": f"{sanitized(PASSED)}.ms.split.cal"}},
+    "started": "2026-11-21T09:00:00Z",
+    "ended": "2026-11-21T09:10:00Z",
+}
+
+
+def test_a_restore_leaves_a_receipt_beside_its_products_that_names_nobody_and_no_place(tmp_path: Path) -> None:
+    site = make_test_site(tmp_path)
+    site.behave(report=json.dumps(REPORT))
+    restore(site, contact="A Contact")
+    settle(site)
+    (directory,) = site.job_directories()
+    text = (directory / "receipt.json").read_text(encoding="utf-8")
+    assert not any(said in text for said in ("me@example.org", "A Contact", str(tmp_path), "/opt", "/home"))
+    receipt = json.loads(text)
+    assert receipt["made_by"] == {
+        "engine": "casatasks",
+        "engine_reason": REPORT["engine_reason"],
+        "calibrated_by": {"casa": "5.1.1-5", "pipeline": "40896"},
+        "restored_by": {"casa": "6.7.0.31"},
+        "commands": ["applycal(vis='uid___A002_Xcf92df_X3453.ms')"],
+        "sessions": {PASSED: "session_2"},
+        "started": "2026-11-21T09:00:00Z",
+        "ended": "2026-11-21T09:10:00Z",
+    }
+    name = f"{sanitized(PASSED)}.ms.split.cal"
+    found = sum(path.stat().st_size for path in (directory / "products" / name).rglob("*") if path.is_file())
+    assert receipt["files"] == [{"name": name, "execution_block": PASSED, "size": found}]
+    assert (receipt["mous"], receipt["execution_blocks"]) == (MOUS, [PASSED])
+    assert (receipt["request"], receipt["schema"]) == (site.only().id, 1)
 
 
 def test_a_restore_and_a_staging_of_the_same_mous_know_nothing_of_each_other(tmp_path: Path) -> None:

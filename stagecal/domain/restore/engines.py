@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from stagecal.domain.casa_versions import casa_faults
+from stagecal.domain.casa_versions import casa_faults, is_older
 from stagecal.domain.restore.errors import RestoreError
 from stagecal.domain.restore.plan import RestorePlan
 from stagecal.domain.restore.restore_script import RestoreScript
@@ -50,23 +50,35 @@ def choose_engine(
     available: Collection[str],
     casa_version: str = "",
     pipeline_version: str = "",
+    casatasks_version: str = "",
 ) -> EngineChoice:
     """Given a plan and the archive's restore script, return the engine to use.
 
     `wanted` is `auto` or the name of an engine, `available` what this site can run. The versions are those of the CASA
-    that would run (pipeline and script), '' if unknown. Raises RestoreError if nothing here reproduces the archive's
-    own restore, or if the wanted engine does not.
+    that would run (pipeline and script) and of the modular one (casatasks), '' if unknown. Raises RestoreError if
+    nothing here reproduces the archive's own restore, or if the wanted engine does not.
     """
+
+    def fault_of_this(engine: str) -> str:
+        return fault_of(
+            engine,
+            plan,
+            script,
+            casa_version=casa_version,
+            pipeline_version=pipeline_version,
+            casatasks_version=casatasks_version,
+        )
+
     if wanted != AUTO:
         if wanted not in available:
             raise RestoreError(f"the engine {wanted} is not configured here: there are {_listed(available)}")
-        fault = fault_of(wanted, plan, script, casa_version=casa_version, pipeline_version=pipeline_version)
+        fault = fault_of_this(wanted)
         if fault:
             raise RestoreError(f"the engine {wanted} cannot restore this MOUS: {fault}")
         return EngineChoice(wanted, "it was asked for")
     faults: dict[str, str] = {}
     for engine in ENGINES:
-        fault = fault_of(engine, plan, script, casa_version=casa_version, pipeline_version=pipeline_version)
+        fault = fault_of_this(engine)
         if not fault and engine not in available:
             fault = "it is not configured here"
         if not fault:
@@ -78,7 +90,13 @@ def choose_engine(
 
 
 def fault_of(
-    engine: str, plan: RestorePlan, script: RestoreScript, *, casa_version: str = "", pipeline_version: str = ""
+    engine: str,
+    plan: RestorePlan,
+    script: RestoreScript,
+    *,
+    casa_version: str = "",
+    pipeline_version: str = "",
+    casatasks_version: str = "",
 ) -> str:
     """Return why this engine would not reproduce the archive's own restore, '' if it would."""
     if engine == COMMAND:
@@ -97,6 +115,8 @@ def fault_of(
         return f"{plan.task} is single-dish calibration, which needs the pipeline"
     if plan.needs_renorm:
         return "the manifest asks for hifa_renorm, which needs the pipeline"
+    if is_older(casatasks_version, than=plan.casa_version):
+        return f"casatasks {casatasks_version} are older than CASA {plan.casa_version}, which calibrated it"
     return ""
 
 

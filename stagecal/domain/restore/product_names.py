@@ -19,6 +19,22 @@ _MANIFEST = "pipeline_manifest.xml"
 _RESTORE_SCRIPT = "casa_piperestorescript.py"
 _PIPESCRIPT = "casa_pipescript.py"
 _AUXPRODUCTS = "auxproducts.tgz"
+# What the pipelines of all cycles have put into auxproducts.tgz, as shell patterns of the names at its top.
+AUXPRODUCTS = (
+    "flux.csv",
+    "antennapos.csv",
+    "*.antennapos.json",
+    "jyperk.csv",
+    "jyperk_query.csv",
+    "cont.dat",
+    "*.flag*template.txt",
+    "*.selfcal.json",
+    "sc_workdir_*",
+    "*findroi_products.tar",
+    "*aquareport.xml",
+    "*.timetracker.json",
+    "*pipeline_stats*.json",
+)
 
 
 def plain_name(name: str, what: str) -> str:

@@ -10,7 +10,7 @@ from stagecal.domain.casa_versions import (
     CasaChoice,
     casa_faults,
     casa_for_version,
-    may_hide_failed_flags,
+    is_older,
     pipeline_key,
     release_key,
 )
@@ -116,6 +116,18 @@ def test_a_version_known_as_bad_is_refused_for_pipeline_and_script() -> None:
             choose_engine(PLAN, PLAIN, wanted=wanted, available=ALL, pipeline_version="2020.1.0.36")
 
 
+def test_casatasks_never_restore_what_a_newer_casa_calibrated() -> None:
+    plan = dataclasses.replace(PLAN, casa_version="6.8.0-3")
+    reason = "casatasks 6.7.0.31 are older than CASA 6.8.0-3, which calibrated it"
+    with pytest.raises(RestoreError, match=f"engine casatasks cannot restore this MOUS: {reason}"):
+        choose_engine(plan, PLAIN, wanted="casatasks", available=ALL, casatasks_version="6.7.0.31")
+    passed_over = choose_engine(plan, PLAIN, available={"casatasks", "command"}, casatasks_version="6.7.0.31")
+    assert passed_over.engine == "command" and f"not casatasks: {reason}" in passed_over.reason
+    for version in ("6.8.0.3", "6.8.1", ""):
+        chosen = choose_engine(plan, PLAIN, wanted="casatasks", available=ALL, casatasks_version=version)
+        assert chosen.engine == "casatasks"
+
+
 # --- versions ---------------------------------------------------------------------------------------------------------
 
 
@@ -182,8 +194,18 @@ def test_pipeline_revisions_are_older_than_pipeline_releases() -> None:
 
 
 @pytest.mark.parametrize(
-    ("version", "hidden"),
-    [("5.1.1-5", False), ("5.4.0-70", True), ("5.6.1-8", True), ("6.0.0", True), ("6.1.1-15", False), ("", False)],
+    ("version", "than", "older"),
+    [
+        ("6.7.0.31", "6.7.0-31", False),
+        ("6.7.0.31", "6.7.0", False),
+        ("6.7.0", "6.7.0-31", False),
+        ("6.7.0.31", "6.7.0-32", True),
+        ("6.7.0.31", "6.7.1-2-pipeline-2025.1.0.3", True),
+        ("6.7.0.31", "5.1.1-5", False),
+        ("", "6.7.1", False),
+        ("6.7.0.31", "", False),
+        ("6.7.0.31", "Undefined", False),
+    ],
 )
-def test_failed_flags_are_hidden_by_the_versions_of_two_years(version: str, hidden: bool) -> None:
-    assert may_hide_failed_flags(version) is hidden
+def test_only_a_known_version_is_older_than_a_known_one(version: str, than: str, older: bool) -> None:
+    assert is_older(version, than) is older
