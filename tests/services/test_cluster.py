@@ -206,7 +206,8 @@ def test_two_hundred_requests_on_thirty_nodes_are_served_in_turn_and_no_node_get
         assert all(abs(places[sequence] - index) < MAX_JOBS for index, sequence in enumerate(order)), (user, order)
     last_of_others = max(index for index, claim in enumerate(begun) if claim.request.user != HOG)
     fair_share = len([claim for claim in begun[:last_of_others] if claim.request.user == HOG])
-    assert fair_share <= EACH + MAX_JOBS, "who asks for 25 keeps nobody with five waiting"
+    # He may have all slots before the others have come, and as many turns at the same moment as there are slots.
+    assert fair_share <= EACH + 2 * MAX_JOBS, "who asks for 25 keeps nobody with five waiting"
 
     nodes = wiring.ssh_nodes(site.config)
     try:
