@@ -19,19 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import stagecal
-from stagecal.adapters.archive_queries import (
-    JUDGEMENT,
-    RESTORE,
-    Rows,
-    bind_of,
-    delivered_from_rows,
-    facts_from_rows,
-    limit_of,
-    mous_of_from_rows,
-    restore_facts_from_rows,
-)
-from stagecal.domain.archive_facts import MousFacts
-from stagecal.domain.restore.facts import RestoreFacts
+from stagecal.adapters.archive_queries import QueriedArchive, Rows, bind_of, limit_of
 from stagecal.ports import FatalError, TransientError
 
 _WORKER = "stagecal.adapters.oracle_worker"
@@ -55,29 +43,13 @@ class OracleSettings:
 
 
 @dataclass(frozen=True)
-class OracleArchive:
+class OracleArchive(QueriedArchive):
     """An archive in the Oracle database of `settings`, asked with `queries`."""
 
     settings: OracleSettings
     queries: Mapping[str, str]
 
-    def facts(self, mous: str) -> MousFacts | None:
-        """Given a MOUS UID, return its facts or None, as the Archive port promises."""
-        return facts_from_rows(mous, self._ask(JUDGEMENT, mous))
-
-    def restore_facts(self, mous: str) -> RestoreFacts | None:
-        """Given a MOUS UID, return what its restore needs or None, as the Archive port promises."""
-        return restore_facts_from_rows(mous, self._ask(RESTORE, mous))
-
-    def mous_of(self, execution_block: str) -> Sequence[str]:
-        """Given the UID of an EB, return its MOUSs, as the Archive port promises."""
-        return mous_of_from_rows(self._ask(("mous_of",), execution_block))
-
-    def delivered_since(self, since: datetime) -> Sequence[str]:
-        """Given a time, return the MOUSs delivered since then, as the Archive port promises."""
-        return delivered_from_rows(self._ask(("delivered",), f"{since:%Y-%m-%dT%H:%M:%S}"), since)
-
-    def _ask(self, names: Sequence[str], value: str) -> Mapping[str, Rows]:
+    def ask(self, names: Sequence[str], value: str) -> Mapping[str, Rows]:
         """Return the answers to these queries, all with this value for their one bind."""
         settings = self.settings
         job = {

@@ -8,7 +8,7 @@ a successful query may refuse a person.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -131,6 +131,33 @@ def bind_of(query: str) -> str:
 def limit_of(query: str) -> int:
     """Return how many rows an answer may have at most."""
     return LIST_LIMIT if query == "delivered" else ROW_LIMIT
+
+
+# --- the archive ---------------------------------------------------------------------------------------------------
+
+
+class QueriedArchive:
+    """The Archive port over whatever can answer our queries: an adapter adds how its database is asked."""
+
+    def ask(self, names: Sequence[str], value: str) -> Mapping[str, Rows]:
+        """Return the answers to these queries, all in one snapshot and with this value for their bind."""
+        raise NotImplementedError
+
+    def facts(self, mous: str) -> MousFacts | None:
+        """Given a MOUS UID, return its facts or None, as the Archive port promises."""
+        return facts_from_rows(mous, self.ask(JUDGEMENT, mous))
+
+    def restore_facts(self, mous: str) -> RestoreFacts | None:
+        """Given a MOUS UID, return what its restore needs or None, as the Archive port promises."""
+        return restore_facts_from_rows(mous, self.ask(RESTORE, mous))
+
+    def mous_of(self, execution_block: str) -> Sequence[str]:
+        """Given the UID of an EB, return its MOUSs, as the Archive port promises."""
+        return mous_of_from_rows(self.ask(("mous_of",), execution_block))
+
+    def delivered_since(self, since: datetime) -> Sequence[str]:
+        """Given a time, return the MOUSs delivered since then, as the Archive port promises."""
+        return delivered_from_rows(self.ask(("delivered",), f"{since:%Y-%m-%dT%H:%M:%S}"), since)
 
 
 # --- the answers ---------------------------------------------------------------------------------------------------

@@ -10,23 +10,10 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stagecal.adapters.archive_queries import (
-    JUDGEMENT,
-    RESTORE,
-    Rows,
-    bind_of,
-    delivered_from_rows,
-    facts_from_rows,
-    limit_of,
-    mous_of_from_rows,
-    restore_facts_from_rows,
-)
-from stagecal.domain.archive_facts import MousFacts
-from stagecal.domain.restore.facts import RestoreFacts
+from stagecal.adapters.archive_queries import QueriedArchive, Rows, bind_of, limit_of
 from stagecal.ports import FatalError, TransientError
 
 if TYPE_CHECKING:
@@ -36,30 +23,14 @@ _STEPS_BETWEEN_LOOKS_AT_THE_CLOCK = 100_000
 
 
 @dataclass(frozen=True)
-class SqliteArchive:
+class SqliteArchive(QueriedArchive):
     """An archive in the SQLite file `path`; `timeout_s` bounds the wait for a lock, and each query, in seconds."""
 
     path: Path
     queries: Mapping[str, str]
     timeout_s: float
 
-    def facts(self, mous: str) -> MousFacts | None:
-        """Given a MOUS UID, return its facts or None, as the Archive port promises."""
-        return facts_from_rows(mous, self._ask(JUDGEMENT, mous))
-
-    def restore_facts(self, mous: str) -> RestoreFacts | None:
-        """Given a MOUS UID, return what its restore needs or None, as the Archive port promises."""
-        return restore_facts_from_rows(mous, self._ask(RESTORE, mous))
-
-    def mous_of(self, execution_block: str) -> Sequence[str]:
-        """Given the UID of an EB, return its MOUSs, as the Archive port promises."""
-        return mous_of_from_rows(self._ask(("mous_of",), execution_block))
-
-    def delivered_since(self, since: datetime) -> Sequence[str]:
-        """Given a time, return the MOUSs delivered since then, as the Archive port promises."""
-        return delivered_from_rows(self._ask(("delivered",), f"{since:%Y-%m-%dT%H:%M:%S}"), since)
-
-    def _ask(self, names: Sequence[str], value: str) -> Mapping[str, Rows]:
+    def ask(self, names: Sequence[str], value: str) -> Mapping[str, Rows]:
         """Return the answers to these queries, all with this value for their bind."""
         import sqlite3
 

@@ -72,20 +72,11 @@ def step_received(site: Site, request: Request, now: datetime) -> Request:
     engine = site.engines.identity(request.project)
     calibration = calibration_id(request.mous, blocks, judgement.facts.products, engine)
     if request.origin is Origin.RESTORE:
-        return ledger.commit(
-            request,
-            now=now,
-            to=State.ACCEPTED,
-            step=judgement.step,
-            verdict=None,
-            reason="",
-            judged_on=now.date(),
-            execution_blocks=blocks,
-            calibration=calibration,
-            recipe=own_recipe(request.id),
-            terminal=restoring(request.mous),
-        )
-    token = site.new_secret()
+        token, recipe, lines = "", own_recipe(request.id), restoring(request.mous)
+    else:
+        token = site.new_secret()
+        recipe = recipe_id(product_keys(blocks, request.calfields, calibration))
+        lines = start(site.url(token), request.calfields)
     return ledger.commit(
         request,
         now=now,
@@ -96,9 +87,9 @@ def step_received(site: Site, request: Request, now: datetime) -> Request:
         judged_on=now.date(),
         execution_blocks=blocks,
         calibration=calibration,
-        recipe=recipe_id(product_keys(blocks, request.calfields, calibration)),
+        recipe=recipe,
         token=token,
-        terminal=start(site.url(token), request.calfields),
+        terminal=lines,
     )
 
 
