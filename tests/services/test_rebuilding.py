@@ -245,7 +245,8 @@ def test_a_job_that_nobody_asks_for_is_ended_and_no_third_one_is_started(site: S
     assert any("stagecal release" in remark for remark in found.remarks)
     assert again.site.ledger.setting("held")
     handle = JobHandle(job.node, job.work, job.nonce)
-    end = time.monotonic() + 20
+    # A wrapper that has just begun finds the order at its next look, half a minute later.
+    end = time.monotonic() + 60
     while again.site.nodes.poll(handle).state is JobState.RUNNING:
         assert time.monotonic() < end
         time.sleep(0.02)
