@@ -146,7 +146,7 @@ def _placed(site: Site, wish: _Wish, project: str) -> tuple[Request, int]:
     import getpass
 
     from stagecal.domain.records import Step
-    from stagecal.domain.requests import Origin, Request, State, request_id
+    from stagecal.domain.requests import Origin, State, request_id, typed_request
 
     now = site.clock.now()
     for one in site.ledger.open_requests():
@@ -158,23 +158,13 @@ def _placed(site: Site, wish: _Wish, project: str) -> tuple[Request, int]:
                 printed = max((number for number, _ in site.ledger.terminal(one.id)), default=0)
                 site.ledger.set_wish(one.id, "retry", now)
             return site.ledger.get(one.id), printed
-    request = Request(
-        id=request_id("restore", site.new_secret()),
-        sequence=0,
-        origin=Origin.RESTORE,
+    request = typed_request(
+        request_id("restore", site.new_secret()),
+        Origin.RESTORE,
         mous=wish.mous,
         project=project,
-        ticket="",
-        user="",
+        at=now,
         email=wish.email,
-        calfields=(),
-        contact="",
-        trigger_name="",
-        trigger_text="",
-        trigger_sha256="",
-        received_at=now,
-        state=State.RECEIVED,
-        since=now,
         engine=wish.engine,
         casa_home=wish.casa_home,
     )

@@ -103,7 +103,7 @@ def _joined(
     import getpass
 
     from stagecal.domain.records import Step
-    from stagecal.domain.requests import Origin, Request, State, request_id
+    from stagecal.domain.requests import Origin, State, request_id, typed_request
 
     now = site.clock.now()
     for one in site.ledger.open_requests():
@@ -121,23 +121,15 @@ def _joined(
                 printed = max((number for number, _ in site.ledger.terminal(one.id)), default=0)
                 site.ledger.set_wish(one.id, "retry", now)
             return one, printed
-    request = Request(
-        id=request_id("operator", site.new_secret()),
-        sequence=0,
-        origin=Origin.OPERATOR,
+    request = typed_request(
+        request_id("operator", site.new_secret()),
+        Origin.OPERATOR,
         mous=mous,
         project=project,
+        at=now,
         ticket=ticket,
-        user="",
         email=email,
         calfields=calfields,
-        contact="",
-        trigger_name="",
-        trigger_text="",
-        trigger_sha256="",
-        received_at=now,
-        state=State.RECEIVED,
-        since=now,
     )
     by = f"typed by {getpass.getuser()}: {request.command_line}"
     added = site.ledger.add(request, Step("receive", "who asks?", by, "RECEIVED"))

@@ -11,6 +11,7 @@ import shlex
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta
 from enum import StrEnum
+from typing import Any
 
 from stagecal.domain.verdicts import Verdict
 
@@ -131,6 +132,15 @@ class Request:
         if self.calfields:
             words += ["X", ",".join(self.calfields)]
         return shlex.join(words)
+
+
+def typed_request(request_id: str, origin: Origin, *, mous: str, project: str, at: datetime, **more: Any) -> Request:
+    """Return a new request that no trigger file asked for; `more` are other fields that are known of it."""
+    nothing: dict[str, Any] = dict.fromkeys(
+        ("ticket", "user", "email", "contact", "trigger_name", "trigger_text", "trigger_sha256"), ""
+    )
+    known = {"sequence": 0, "calfields": (), "received_at": at, "state": State.RECEIVED, "since": at}
+    return Request(id=request_id, origin=origin, mous=mous, project=project, **{**nothing, **known, **more})
 
 
 def request_id(*identity: str) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from stagecal.domain.records import ProductFile, Step
-from stagecal.domain.requests import Origin, Outcome, Request, State
+from stagecal.domain.requests import Origin, Outcome, Request, State, typed_request
 from stagecal.domain.retention import Staging
 from stagecal.ports import FatalError, JobHandle, JobState, JobStatus, TransientError
 from stagecal.services.context import Site
@@ -105,21 +105,14 @@ def _restore_from_receipt(site: Site, ledger: Any, token: str, now: datetime, re
         notified_at=now,
         retention_days=max(1, (until - published) // timedelta(days=1)),
     )
-    request = Request(
-        id=receipt["request"],
-        sequence=0,
-        origin=Origin.OPERATOR,
+    request = typed_request(
+        receipt["request"],
+        Origin.OPERATOR,
         mous=receipt["mous"],
         project=receipt["project"],
+        at=published,
         ticket=receipt["helpdesk_ticket"],
-        user="",
-        email="",
         calfields=tuple(receipt["calfields"]),
-        contact="",
-        trigger_name="",
-        trigger_text="",
-        trigger_sha256="",
-        received_at=published,
         state=State.CLOSED,
         since=now,
         outcome=Outcome.DELIVERED,
@@ -213,25 +206,15 @@ def _who_waits_for(
         # Its own trigger may be gone, and the job have passed to another request for the same.
         same += [one for one in waiting if (one.mous, one.calfields) == (found["mous"], found["calfields"])]
     elif not site.ledger.find(str(record["request"])):
-        typed = Request(
-            id=str(record["request"]),
-            sequence=0,
-            origin=found["origin"],
+        said = {name: str(record.get(name, "")) for name in ("ticket", "email", "engine", "casa_home")}
+        typed = typed_request(
+            str(record["request"]),
+            found["origin"],
             mous=found["mous"],
             project=found["project"],
-            ticket=str(record.get("ticket", "")),
-            user="",
-            email=str(record.get("email", "")),
+            at=now,
             calfields=found["calfields"],
-            contact="",
-            trigger_name="",
-            trigger_text="",
-            trigger_sha256="",
-            received_at=now,
-            state=State.RECEIVED,
-            since=now,
-            engine=str(record.get("engine", "")),
-            casa_home=str(record.get("casa_home", "")),
+            **said,
         )
         ledger.restore(typed, None, (), ())
         same += site.ledger.find(typed.id)

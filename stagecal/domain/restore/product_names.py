@@ -18,7 +18,6 @@ _MANUAL = re.compile(r"scriptFor.*Cal")
 _MANIFEST = "pipeline_manifest.xml"
 _RESTORE_SCRIPT = "casa_piperestorescript.py"
 _PIPESCRIPT = "casa_pipescript.py"
-_AUXPRODUCTS = "auxproducts.tgz"
 # What the pipelines of all cycles have put into auxproducts.tgz, as shell patterns of the names at its top.
 AUXPRODUCTS = (
     "flux.csv",
@@ -80,11 +79,6 @@ def pipescript_of(files: Iterable[ArchivedFile]) -> str | None:
     """Return the name of the archived script of the calibration, or None. Raises RestoreError for several."""
     names = _of_calibration(_ending(files, _PIPESCRIPT))
     return _the_one(names, "casa_pipescript.py") if names else None
-
-
-def auxproducts_of(files: Iterable[ArchivedFile]) -> tuple[str, ...]:
-    """Return the names of the tar files with auxiliary products, sorted."""
-    return tuple(_ending(files, _AUXPRODUCTS))
 
 
 def archived_ppr_of(files: Iterable[ArchivedFile]) -> str | None:

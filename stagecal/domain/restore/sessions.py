@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from stagecal.domain.identifiers import Malformed, parse_uid, sanitized
+from stagecal.domain.identifiers import Malformed, parse_uid
 from stagecal.domain.restore.errors import RestoreError
 from stagecal.domain.restore.markup import Element, parse_markup
 
@@ -90,8 +90,3 @@ def readable_uid(text: str, what: str) -> str:
         return parse_uid(text)
     except Malformed as error:
         raise RestoreError(f"{what}: {error}") from error
-
-
-def measurement_set_of(uid: str) -> str:
-    """Return the name under which the pipeline knows the MS of an EB."""
-    return f"{sanitized(uid)}.ms"

@@ -11,7 +11,6 @@ from stagecal.domain.restore.facts import ArchivedFile
 from stagecal.domain.restore.manifest import read_manifest
 from stagecal.domain.restore.product_names import (
     archived_ppr_of,
-    auxproducts_of,
     is_manual_calibration,
     manifest_of,
     other_manifests,
@@ -152,7 +151,6 @@ def test_the_example_has_one_file_of_each_kind() -> None:
     assert manifest_of(FILES) == f"{MEMBER}.calimage.pipeline_manifest.xml"
     assert restore_script_of(FILES) == f"{MEMBER}.hifa_calimage.casa_piperestorescript.py"
     assert pipescript_of(FILES) == f"{MEMBER}.hifa_calimage.casa_pipescript.py"
-    assert auxproducts_of(FILES) == (f"{MEMBER}.hifa_calimage.auxproducts.tgz",)
     assert archived_ppr_of(FILES) is None
 
 
